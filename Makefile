@@ -1,0 +1,100 @@
+# Phoenix. `make` prints the targets.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+MAKEFLAGS += --no-print-directory
+
+# uv is used where it is installed; else it is put into a cache folder with venv and pip, which every Python has.
+UV_VERSION := 0.13.9
+UV_HOME := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/phoenix/uv-$(UV_VERSION)
+UV := $(or $(shell command -v uv 2>/dev/null),$(UV_HOME)/bin/uv)
+PYTHON ?= python3
+export UV
+export UV_PROJECT_ENVIRONMENT := $(CURDIR)/.venv
+# Which part of the lock is installed: each target asks for the least it needs.
+SYNC = $(UV) sync --frozen --quiet --inexact
+DEV := .venv/.synced-dev
+RUN := .venv/.synced-run
+BIN := .venv/bin
+
+.PHONY: help
+help: ## Print this help
+	@awk 'BEGIN {FS = ":.*##"} /^##@/ {printf "\n\033[1m%s\033[0m\n", substr($$0, 5)} \
+	  /^[a-z-]+:.*?##/ {printf "  \033[36m%-16s\033[0m %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+##@ Use
+.PHONY: run
+run: $(RUN) ## Serve the examples on this machine (REST on 8000, gRPC on 8001)
+	@echo "Serving examples/ on http://127.0.0.1:$${PHOENIX_HTTP_PORT:-8000}; try in another terminal:"
+	@echo "  curl -s http://127.0.0.1:$${PHOENIX_HTTP_PORT:-8000}/v2/models/iris/infer -d @examples/iris/request.json"
+	@store=$$($(BIN)/python -c 'import importlib.util as u, pathlib; print(pathlib.Path(u.find_spec("magika").origin).parent / "models")'); \
+	  PHOENIX_MODEL_STORE="$${PHOENIX_MODEL_STORE:-$$store}" exec $(BIN)/phoenix-server serve examples
+
+.PHONY: check
+check: $(RUN) ## Check the examples: manifest, digest, signature, provider, capacity
+	@store=$$($(BIN)/python -c 'import importlib.util as u, pathlib; print(pathlib.Path(u.find_spec("magika").origin).parent / "models")'); \
+	  PHOENIX_MODEL_STORE="$${PHOENIX_MODEL_STORE:-$$store}" $(BIN)/phoenix-server check examples
+
+##@ Develop
+.PHONY: test
+test: $(DEV) ## Run every test
+	$(BIN)/pytest
+
+.PHONY: test-fast
+test-fast: $(DEV) ## Run the tests that take no more than seconds
+	$(BIN)/pytest -m "not slow"
+
+.PHONY: lint
+lint: $(DEV) ## Style, types, import rules, generated files
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(MAKE) generate-check
+
+.PHONY: format
+format: $(DEV) ## Format the code
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+.PHONY: generate
+generate: $(DEV) ## Write every generated file again
+	$(BIN)/python tools/generate.py
+
+.PHONY: generate-check
+generate-check: $(DEV) ## Fail if a generated file is not current
+	$(BIN)/python tools/generate.py --check
+	$(UV) lock --check --quiet
+
+.PHONY: ci
+ci: lint test ## What CI runs: everything above, from nothing
+
+##@ Measure
+.PHONY: bench
+bench: $(DEV) ## Measure speed and memory against a naive endpoint and raw onnxruntime, in one run
+	$(SYNC) --extra server --group dev --group bench
+	$(BIN)/python benchmarks/run.py $(BENCH_ARGS)
+
+.PHONY: bench-peers
+bench-peers: $(DEV) ## The same with MLServer and KServe, each in its own environment
+	$(SYNC) --extra server --group dev --group bench
+	$(BIN)/python benchmarks/peers.py $(BENCH_ARGS)
+
+##@ Housekeeping
+.PHONY: clean
+clean: ## Remove what was built here
+	rm -rf .venv .cache .phoenix .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache dist
+
+$(UV_HOME)/bin/uv:
+	@echo "uv $(UV_VERSION) is installed into $(UV_HOME)" >&2
+	@$(PYTHON) -m venv $(UV_HOME) && $(UV_HOME)/bin/pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)
+
+$(RUN): pyproject.toml uv.lock | $(UV)
+	@echo "installing the server into .venv" >&2
+	@$(SYNC) --extra server --group examples
+	@touch $@
+
+$(DEV): pyproject.toml uv.lock | $(UV)
+	@echo "installing the server and the development tools into .venv" >&2
+	@$(SYNC) --extra server --group dev
+	@touch $(RUN) $@

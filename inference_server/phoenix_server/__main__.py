@@ -1,0 +1,120 @@
+"""The command line: `phoenix-server serve | check | openapi`."""
+
+import argparse
+import gc
+import os
+import sys
+from pathlib import Path
+
+# One thread of BLAS: numpy only moves data here, and each idle thread would hold memory.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+from phoenix_server import __version__
+from phoenix_server.errors import ModelLoadError, Reason, StartError
+from phoenix_server.logs import configure
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line and return the exit code: 0, 2 for wrong usage, or the code of the reason (`Reason`)."""
+    options = _parser().parse_args(arguments)
+    configure("info")
+    try:
+        return int(options.command(options))
+    except ModelLoadError as error:
+        return error.reason.exit_code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="phoenix-server", description=sys.modules["phoenix_server"].__doc__)
+    parser.add_argument("--version", action="version", version=f"phoenix-server {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for name, run, text in (
+        ("serve", _serve, "serve every PhoenixModel found in files and folders"),
+        ("check", _check, "validate, fetch, verify, load and measure models; exit 0, or with the reason"),
+    ):
+        command = commands.add_parser(name, help=text, description=text)
+        command.add_argument("paths", nargs="+", type=Path, metavar="PATH", help="a manifest, or a folder of manifests")
+        command.set_defaults(command=run)
+        if name == "serve":
+            command.add_argument("--host", help="address to listen on (PHOENIX_HOST)")
+            command.add_argument("--http-port", type=int, help="REST port (PHOENIX_HTTP_PORT)")
+            command.add_argument("--grpc-port", type=int, help="gRPC port (PHOENIX_GRPC_PORT)")
+        command.add_argument("--model-store", type=Path, help="folder for relative URIs (PHOENIX_MODEL_STORE)")
+    command = commands.add_parser(
+        "openapi", help="print the OpenAPI document", description="print the OpenAPI document"
+    )
+    command.set_defaults(command=_openapi)
+    return parser
+
+
+def _serve(options: argparse.Namespace) -> int:
+    import uvloop
+
+    from phoenix_server.app import Server, report_failure, serve
+    from phoenix_server.settings import Settings, load_settings
+
+    termination_log = Settings.model_fields["termination_log"].default
+    try:
+        settings = load_settings(
+            host=options.host, http_port=options.http_port, grpc_port=options.grpc_port, model_store=options.model_store
+        )
+        configure(settings.log_level)
+        termination_log = settings.termination_log
+        manifests = _manifests(options.paths, strict=False)
+
+        def on_ready(_: Server) -> None:
+            # What start-up left behind is permanent: keep the collector from walking it again and again.
+            gc.collect()
+            gc.freeze()
+
+        uvloop.run(serve(settings, manifests, options.paths, on_ready))
+    except ModelLoadError as error:
+        report_failure(error, termination_log)
+        raise
+    return 0
+
+
+def _check(options: argparse.Namespace) -> int:
+    from phoenix_server.check import check
+    from phoenix_server.settings import load_settings
+
+    try:
+        settings = load_settings(model_store=options.model_store)
+        configure("error")
+        return check(settings, _manifests(options.paths, strict=True))
+    except ModelLoadError as error:
+        print(f"FAILED {error.reason}: {error.message}")
+        raise
+
+
+def _openapi(_: argparse.Namespace) -> int:
+    import json
+
+    from phoenix_server.app import openapi_document
+
+    print(json.dumps(openapi_document(), indent=2))
+    return 0
+
+
+def _manifests(paths: list[Path], *, strict: bool) -> "list[Manifest]":  # noqa: F821
+    """Read the manifests; unknown fields are an error when strict, else a warning."""
+    import logging
+
+    from phoenix_api import ManifestError, read_manifests
+
+    try:
+        return read_manifests(paths, strict=True)
+    except ManifestError:
+        if not strict:
+            try:
+                manifests = read_manifests(paths, strict=False)
+            except ManifestError as lenient:
+                error = lenient
+            else:
+                logging.getLogger(__name__).warning("unknown fields ignored", extra={"cause": str(error)})
+                return manifests
+        raise StartError(Reason.INVALID_SPEC, str(error)) from error
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,292 @@
+"""Answers `POST /v2/models/{name}[/versions/{version}]/infer`: bytes in, bytes out.
+
+`infer` is the whole path of a REST inference and knows no server: `http_server` calls it directly, `InferMiddleware`
+puts it in front of the FastAPI application for any other ASGI server, and `rest` declares it for the OpenAPI document.
+"""
+
+import asyncio
+import logging
+import re
+import time
+import zlib
+from collections.abc import Awaitable, Callable, MutableMapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import orjson
+
+from phoenix_server import codec_binary, codec_json
+from phoenix_server.auth import ApiKeys
+from phoenix_server.codec_json import OutputForms
+from phoenix_server.dataplane import DataPlane
+from phoenix_server.errors import Code, PhoenixError, invalid
+from phoenix_server.repository import ServedModel
+from phoenix_server.tensors import InferRequest
+
+_log = logging.getLogger(__name__)
+_access_log = logging.getLogger("phoenix_server.access")
+
+HTTP_STATUS = {
+    Code.INVALID: 400,
+    Code.UNAUTHENTICATED: 401,
+    Code.FORBIDDEN: 403,
+    Code.NOT_FOUND: 404,
+    Code.METHOD_NOT_ALLOWED: 405,
+    Code.TIMED_OUT_READING: 408,
+    Code.TOO_LARGE: 413,
+    Code.UNSUPPORTED_ENCODING: 415,
+    Code.HEADERS_TOO_LARGE: 431,
+    Code.CANCELLED: 499,
+    Code.INTERNAL: 500,
+    Code.UNSUPPORTED: 501,
+    Code.OVERLOADED: 503,
+    Code.UNAVAILABLE: 503,
+    Code.DEADLINE: 504,
+}
+_INFER_PATH = re.compile(rb"/v2/models/([^/?]+)(?:/versions/([^/?]+))?/infer")
+# Below this, compressing costs more than it saves on any wire.
+_COMPRESS_FROM_BYTES = 1024
+_ENCODINGS = {b"gzip": 31, b"deflate": 15}  # zlib's window bits: with gzip header, with zlib header
+_JSON = (b"content-type", b"application/json")
+_BINARY = (b"content-type", b"application/octet-stream")
+
+Headers = dict[bytes, bytes]
+
+
+@dataclass(slots=True)
+class HttpReply:
+    """What goes back: status, headers without content-length, body."""
+
+    status: int
+    headers: list[tuple[bytes, bytes]] = field(default_factory=list)
+    body: bytes = b""
+
+
+def match(path: bytes) -> tuple[str, str] | None:
+    """Return model name and version ("" if none) of an infer path, or None for any other path."""
+    found = _INFER_PATH.fullmatch(path)
+    if found is None:
+        return None
+    name, version = found.groups(b"")
+    return _unquote(name), _unquote(version)
+
+
+def error_reply(error: PhoenixError) -> HttpReply:
+    """Return the reply for a failed request: `{"error": …}` with the status of its code."""
+    headers = [_JSON]
+    if error.retry_after_s is not None:
+        headers.append((b"retry-after", b"%d" % error.retry_after_s))
+    if error.code is Code.UNSUPPORTED_ENCODING:
+        headers.append((b"accept-encoding", b"gzip, deflate"))
+    if error.code is Code.UNAUTHENTICATED:
+        headers.append((b"www-authenticate", b"Bearer"))
+    return HttpReply(HTTP_STATUS[error.code], headers, orjson.dumps({"error": error.message}))
+
+
+class InferEndpoint:
+    """The inference endpoint of one data plane. `is_access_logged`: one log line for each request."""
+
+    def __init__(self, plane: DataPlane, keys: ApiKeys | None = None, *, is_access_logged: bool = False) -> None:
+        self._plane = plane
+        self._keys = keys
+        self._is_access_logged = is_access_logged
+
+    def admit(self, target: tuple[str, str], headers: Headers) -> ServedModel:
+        """Return the model for a request whose head has arrived; raise `PhoenixError` before its body is read."""
+        if self._keys is not None:
+            self._keys.check(headers.get(b"authorization"))
+        model = self._plane.admit(*target)
+        length = headers.get(b"content-length")
+        if length is not None and int(length) > model.max_request_bytes:
+            raise too_large(int(length), model.max_request_bytes)
+        return model
+
+    def refuse(self, error: PhoenixError) -> HttpReply:
+        """Count and word a request that never reached a model."""
+        self._plane.metrics.reject("rest", error.code.value)
+        return error_reply(error)
+
+    async def infer(self, model: ServedModel, headers: Headers, body: bytes) -> HttpReply:
+        """Answer one request whose body is complete. Never raises, but for cancellation."""
+        started = time.perf_counter()
+        metrics = model.metrics
+        metrics.inflight += 1
+        failure: PhoenixError | None = None
+        rows = 0
+        request_id = headers.get(b"x-request-id", b"").decode("latin-1")
+        try:
+            if b"content-encoding" in headers:
+                body = await decompress(body, headers[b"content-encoding"], model.max_request_bytes)
+            request, forms = await _decode(model, headers, body)
+            if request_id and not request.id:
+                request.id = request_id
+            response = await self._plane.infer(model, request)
+            request_id, rows = response.id, response.rows
+            payload, header_size = codec_binary.encode(response, forms)
+            reply = HttpReply(200, [_JSON], payload)
+            if header_size is not None:
+                reply.headers = [_BINARY, (b"inference-header-content-length", b"%d" % header_size)]
+            if b"accept-encoding" in headers and len(payload) >= _COMPRESS_FROM_BYTES:
+                await compress(reply, headers[b"accept-encoding"])
+        except PhoenixError as error:
+            failure = error
+            reply = error_reply(error)
+        except asyncio.CancelledError:
+            failure = PhoenixError(Code.CANCELLED, "the client went away")
+            reply = error_reply(failure)
+            raise
+        except Exception as error:
+            reference = request_id or self._plane.new_id()
+            _log.exception("unexpected failure of a request", extra={"request_id": reference, "model": model.name})
+            failure = PhoenixError(Code.INTERNAL, f"internal error; the log has it under request id {reference}")
+            failure.__cause__ = error
+            reply = error_reply(failure)
+        finally:
+            metrics.inflight -= 1
+            seconds = time.perf_counter() - started
+            self._plane.finished(model, "rest", failure, seconds, (rows, len(body), len(reply.body)))
+            if self._is_access_logged:
+                log_access(model, headers, request_id, reply.status, seconds)
+        return reply
+
+
+def log_access(model: ServedModel, headers: Headers, request_id: str, status: int, seconds: float) -> None:
+    """Write the access line of one inference; a trace context that the caller sent is carried into it."""
+    fields: dict[str, Any] = {
+        "model": model.name,
+        "version": model.version,
+        "request_id": request_id,
+        "status": status,
+        "seconds": round(seconds, 6),
+    }
+    if b"traceparent" in headers:
+        fields["traceparent"] = headers[b"traceparent"].decode("latin-1")
+    _access_log.info("request", extra=fields)
+
+
+def too_large(size: int, limit: int) -> PhoenixError:
+    """Return the refusal of a body that is over the model's limit."""
+    return PhoenixError(Code.TOO_LARGE, f"the request body has {size} bytes, at most {limit} are accepted")
+
+
+async def _decode(model: ServedModel, headers: Headers, body: bytes) -> tuple[InferRequest, OutputForms]:
+    length = headers.get(b"inference-header-content-length")
+    if length is None:
+        return codec_json.decode(await _parse(body))
+    size = codec_binary.header_size(length, len(body))
+    view = memoryview(body)
+    if size == 0:
+        return codec_binary.decode_raw(view, model.signature, model.name)
+    return codec_binary.decode(await _parse(view[:size]), view[size:], model.name)
+
+
+async def _parse(body: bytes | memoryview) -> Any:
+    if len(body) < codec_json.BIG_BODY_BYTES:
+        return codec_json.parse(body)
+    return await asyncio.to_thread(codec_json.parse_big, body)
+
+
+async def decompress(body: bytes, encoding: bytes, limit: int) -> bytes:
+    """Return the body behind a `Content-Encoding`, of at most `limit` bytes."""
+    encoding = encoding.strip().lower()
+    if encoding == b"identity":
+        return body
+    if encoding not in _ENCODINGS:
+        raise PhoenixError(
+            Code.UNSUPPORTED_ENCODING,
+            f"content encoding '{encoding.decode('latin-1')}' is not supported; use gzip or deflate",
+        )
+
+    def inflate() -> bytes:
+        stream = zlib.decompressobj(_ENCODINGS[encoding])
+        try:
+            data = stream.decompress(body, limit + 1)
+        except zlib.error as error:
+            raise invalid(f"the body is not valid {encoding.decode()}: {error}") from None
+        if len(data) > limit:
+            raise PhoenixError(Code.TOO_LARGE, f"the decompressed body has more than {limit} bytes")
+        if not stream.eof:
+            raise invalid(f"the body is not valid {encoding.decode()}: it ends too early")
+        return data
+
+    return inflate() if len(body) < codec_json.BIG_BODY_BYTES // 10 else await asyncio.to_thread(inflate)
+
+
+async def compress(reply: HttpReply, accepted: bytes) -> None:
+    """Compress a reply in place with the first encoding of `Accept-Encoding` that is known and not refused."""
+    for item in accepted.lower().split(b","):
+        encoding, _, weight = (part.strip() for part in item.partition(b";"))
+        if encoding in _ENCODINGS and weight.replace(b" ", b"") not in (b"q=0", b"q=0.0", b"q=0.00", b"q=0.000"):
+            break
+    else:
+        return
+
+    def deflate() -> bytes:
+        stream = zlib.compressobj(1, zlib.DEFLATED, _ENCODINGS[encoding])
+        return stream.compress(reply.body) + stream.flush()
+
+    is_big = len(reply.body) > codec_json.BIG_BODY_BYTES // 10
+    reply.body = await asyncio.to_thread(deflate) if is_big else deflate()
+    reply.headers += [(b"content-encoding", encoding), (b"vary", b"accept-encoding")]
+
+
+def _unquote(text: bytes) -> str:
+    if b"%" not in text:
+        return text.decode("latin-1")
+    from urllib.parse import unquote_to_bytes
+
+    return unquote_to_bytes(text).decode("utf-8", "replace")
+
+
+Scope = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+AsgiApp = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+
+class InferMiddleware:
+    """The endpoint as an ASGI application in front of another one, which gets every other request."""
+
+    def __init__(self, endpoint: InferEndpoint, others: AsgiApp) -> None:
+        self._endpoint = endpoint
+        self._others = others
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer an inference, or hand on."""
+        target = match(scope["raw_path"]) if scope["type"] == "http" and scope["method"] == "POST" else None
+        if target is None:
+            await self._others(scope, receive, send)
+            return
+        headers: Headers = dict(scope["headers"])
+        try:
+            model = self._endpoint.admit(target, headers)
+            body = await _read(receive, model.max_request_bytes)
+        except PhoenixError as error:
+            reply = self._endpoint.refuse(error)
+        else:
+            if body is None:
+                return
+            reply = await self._endpoint.infer(model, headers, body)
+        await send_reply(reply, send)
+
+
+async def _read(receive: Receive, limit: int) -> bytes | None:
+    """Return the whole body, or None when the client has gone; raise TOO_LARGE as soon as it passes `limit`."""
+    parts, size = [], 0
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            return None
+        parts.append(message.get("body", b""))
+        size += len(parts[-1])
+        if size > limit:
+            raise too_large(size, limit)
+        if not message.get("more_body"):
+            return parts[0] if len(parts) == 1 else b"".join(parts)
+
+
+async def send_reply(reply: HttpReply, send: Send) -> None:
+    """Send a reply over ASGI."""
+    headers = [*reply.headers, (b"content-length", b"%d" % len(reply.body))]
+    await send({"type": "http.response.start", "status": reply.status, "headers": headers})
+    await send({"type": "http.response.body", "body": reply.body})

@@ -1,0 +1,279 @@
+"""Every metric of the server, declared once, and the statistics of the protocol's own extension.
+
+One observation of the hot path is a bisection and a few additions on plain numbers, all on the event loop's thread;
+prometheus-client is only asked at scrape time, through a collector on the injected registry. (Its own `Histogram`
+costs some microseconds an observation.) Every label set exists from the moment a model loads.
+"""
+
+import time
+from bisect import bisect_left
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Literal
+
+from prometheus_client import CollectorRegistry
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.exposition import choose_encoder
+
+from phoenix_server.errors import Outcome
+
+Protocol = Literal["rest", "grpc"]
+PROTOCOLS: tuple[Protocol, ...] = ("rest", "grpc")
+# 0.5 ms … 10 s, about 1-2-5 with the steps between that a p95 needs.
+LATENCY_BOUNDS_S = (
+    0.0005, 0.001, 0.0015, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.05,
+    0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 5.0, 7.5, 10.0,
+)  # fmt: skip
+# Multiples of the SLO that make both zones of the autoscaling rule exact.
+_SLO_MULTIPLES = (0.5, 0.7, 0.85, 1.0, 1.25, 1.5, 2.0, 4.0)
+_STAGE_BOUNDS_S = (0.00001, 0.00005, 0.0001, 0.00025, 0.0005, *LATENCY_BOUNDS_S[1:])
+_ROWS_BOUNDS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0)
+
+
+def latency_bounds_s(slo_s: float | None) -> tuple[float, ...]:
+    """Return the latency buckets for a model with that SLO in seconds, or without one."""
+    own = () if slo_s is None else tuple(round(slo_s * multiple, 9) for multiple in _SLO_MULTIPLES)
+    return tuple(sorted({*LATENCY_BOUNDS_S, *own}))
+
+
+class Histogram:
+    """Counts per bucket and a sum. `bounds` are inclusive upper limits, as Prometheus' `le`."""
+
+    __slots__ = ("bounds", "counts", "sum")
+
+    def __init__(self, bounds: tuple[float, ...]) -> None:
+        self.bounds = bounds
+        self.counts = [0] * (len(bounds) + 1)
+        self.sum = 0.0
+
+    def observe(self, value: float) -> None:
+        """Count one value."""
+        self.counts[bisect_left(self.bounds, value)] += 1
+        self.sum += value
+
+    @property
+    def count(self) -> int:
+        """How many values were counted."""
+        return sum(self.counts)
+
+    def buckets(self) -> list[tuple[str, float]]:
+        """Return the cumulative counts as prometheus-client wants them."""
+        cumulative, total = [], 0
+        for bound, count in zip((*map(repr, self.bounds), "+Inf"), self.counts, strict=True):
+            total += count
+            cumulative.append((bound, float(total)))
+        return cumulative
+
+
+@dataclass(slots=True)
+class Stage:
+    """Count and cumulative nanoseconds, as the statistics extension reports each stage."""
+
+    count: int = 0
+    ns: int = 0
+
+    def add(self, ns: int, count: int = 1) -> None:
+        """Add `count` events that took `ns` each."""
+        self.count += count
+        self.ns += ns * count
+
+
+@dataclass(slots=True)
+class BatchStages:
+    """The stages of all runs with one number of rows."""
+
+    compute_input: Stage = field(default_factory=Stage)
+    compute_infer: Stage = field(default_factory=Stage)
+    compute_output: Stage = field(default_factory=Stage)
+
+
+@dataclass(slots=True)
+class Tally:
+    """What one (outcome, protocol) pair of a model has seen."""
+
+    requests: int = 0
+    rows: int = 0
+    request_bytes: int = 0
+    response_bytes: int = 0
+
+
+class ModelMetrics:
+    """All numbers of one model version. Written on the event loop only, so no lock is needed."""
+
+    def __init__(self, model: str, version: str, *, slo_s: float | None = None) -> None:
+        self.labels = [model, version]
+        self.slo_s = slo_s
+        bounds = latency_bounds_s(slo_s)
+        self.latency = {outcome: Histogram(bounds) for outcome in Outcome}
+        self.tallies = {(outcome, protocol): Tally() for outcome in Outcome for protocol in PROTOCOLS}
+        self.queue = Histogram(_STAGE_BOUNDS_S)
+        self.compute = Histogram(_STAGE_BOUNDS_S)
+        self.batch_rows = Histogram(_ROWS_BOUNDS)
+        self.feature_lookup = Histogram(_STAGE_BOUNDS_S)
+        self.inflight = 0
+        self.queued_rows: Callable[[], int] = lambda: 0
+        self.provider = ""
+        self.digest = ""
+        self.load_s = 0.0
+        self.capacity_concurrency: float | None = None
+        self.last_inference_ms = 0
+        self.inference_count = 0
+        self.batch_stats: dict[int, BatchStages] = {}
+        self.request_stages = BatchStages()
+
+    def observe_request(
+        self, outcome: Outcome, protocol: Protocol, seconds: float, sizes: tuple[int, int, int]
+    ) -> None:
+        """Count one answered request. `sizes`: rows, bytes of the request body, bytes of the response body."""
+        self.latency[outcome].observe(seconds)
+        tally = self.tallies[outcome, protocol]
+        rows, request_bytes, response_bytes = sizes
+        tally.requests += 1
+        tally.rows += rows
+        tally.request_bytes += request_bytes
+        tally.response_bytes += response_bytes
+        if outcome is Outcome.OK:
+            self.last_inference_ms = time.time_ns() // 1_000_000
+            self.inference_count += rows
+
+    def observe_batch(self, rows: int, requests: int, stages_ns: tuple[int, int, int]) -> None:
+        """Count one run of the model. `stages_ns`: gathering inputs, computing, splitting outputs."""
+        self.compute.observe(stages_ns[1] * 1e-9)
+        self.batch_rows.observe(rows)
+        of_size = self.batch_stats.get(rows)
+        if of_size is None:
+            of_size = self.batch_stats[rows] = BatchStages()
+        of_requests = self.request_stages
+        of_size.compute_input.add(stages_ns[0])
+        of_size.compute_infer.add(stages_ns[1])
+        of_size.compute_output.add(stages_ns[2])
+        of_requests.compute_input.add(stages_ns[0], requests)
+        of_requests.compute_infer.add(stages_ns[1], requests)
+        of_requests.compute_output.add(stages_ns[2], requests)
+
+    @property
+    def execution_count(self) -> int:
+        """How often the model was run."""
+        return self.batch_rows.count
+
+    def stages(self) -> dict[str, Stage]:
+        """Return the request stages of the statistics extension, by its own names."""
+        failed = [self.latency[outcome] for outcome in Outcome if outcome is not Outcome.OK]
+        done = self.latency[Outcome.OK]
+        return {
+            "success": Stage(done.count, int(done.sum * 1e9)),
+            "fail": Stage(sum(h.count for h in failed), int(sum(h.sum for h in failed) * 1e9)),
+            "queue": Stage(self.queue.count, int(self.queue.sum * 1e9)),
+            "compute_input": self.request_stages.compute_input,
+            "compute_infer": self.request_stages.compute_infer,
+            "compute_output": self.request_stages.compute_output,
+            "cache_hit": Stage(),
+            "cache_miss": Stage(),
+        }
+
+
+class Metrics:
+    """The server's metrics: one `ModelMetrics` per loaded version, exposed through one registry."""
+
+    def __init__(self, registry: CollectorRegistry | None = None) -> None:
+        self.registry = registry or CollectorRegistry()
+        self.models: dict[tuple[str, str], ModelMetrics] = {}
+        self.rejected: dict[tuple[str, str], int] = {}
+        self.started_s = time.time()
+        self.registry.register(self)
+
+    def model(self, name: str, version: str, *, slo_s: float | None = None) -> ModelMetrics:
+        """Return the numbers of that version; they go on counting when a version is loaded again."""
+        known = self.models.get((name, version))
+        if known is None or known.slo_s != slo_s:
+            known = self.models[name, version] = ModelMetrics(name, version, slo_s=slo_s)
+        return known
+
+    def forget(self, name: str, version: str) -> None:
+        """Drop the series of a version that is gone."""
+        self.models.pop((name, version), None)
+
+    def reject(self, protocol: Protocol, code: str) -> None:
+        """Count a request that was refused before it reached a model."""
+        self.rejected[protocol, code] = self.rejected.get((protocol, code), 0) + 1
+
+    def exposition(self, accept: str = "") -> tuple[bytes, str]:
+        """Return the metrics page and its content type, in the format that `accept` prefers."""
+        encode, content_type = choose_encoder(accept)
+        return encode(self.registry), content_type
+
+    def collect(self) -> Iterator[Metric]:
+        """Yield every family; called by prometheus-client at each scrape."""
+        by_model = ["model", "version"]
+        models = list(self.models.values())
+        yield from self._histograms(models, by_model)
+        yield from self._tallies(models, by_model)
+        for name, text, value in (
+            ("inference_inflight_requests", "Requests received and not yet answered.", lambda m: m.inflight),
+            ("inference_queued_rows", "Rows that wait for a run.", lambda m: m.queued_rows()),
+            ("phoenix_model_slo_seconds", "The latency objective of the manifest.", lambda m: m.slo_s),
+            (
+                "phoenix_model_capacity_concurrency",
+                "Measured concurrency beyond which throughput stops growing.",
+                lambda m: m.capacity_concurrency,
+            ),
+            ("phoenix_model_load_seconds", "Time from the fetch to the end of the warm-up.", lambda m: m.load_s),
+        ):
+            gauge = GaugeMetricFamily(name, text, labels=by_model)
+            for model in models:
+                number = value(model)
+                if number is not None:
+                    gauge.add_metric(model.labels, number)
+            yield gauge
+        info = GaugeMetricFamily(
+            "phoenix_model_info", "What is loaded; always 1.", labels=[*by_model, "provider", "digest"]
+        )
+        for model in models:
+            info.add_metric([*model.labels, model.provider, model.digest], 1)
+        yield info
+        rejected = CounterMetricFamily(
+            "phoenix_requests_rejected", "Requests refused before they reached a model.", labels=["protocol", "code"]
+        )
+        for labels, count in self.rejected.items():
+            rejected.add_metric(list(labels), count)
+        yield rejected
+        yield GaugeMetricFamily(
+            "process_start_time_seconds", "Start time of the process since the epoch.", value=self.started_s
+        )
+        yield CounterMetricFamily("process_cpu_seconds", "User and system CPU time.", value=time.process_time())
+
+    @staticmethod
+    def _histograms(models: list[ModelMetrics], by_model: list[str]) -> Iterator[Metric]:
+        latency = HistogramMetricFamily(
+            "inference_latency_seconds",
+            "From the request body received to the response body ready, queue included.",
+            labels=[*by_model, "outcome"],
+        )
+        for model in models:
+            for outcome, histogram in model.latency.items():
+                latency.add_metric([*model.labels, outcome], histogram.buckets(), histogram.sum)
+        yield latency
+        for name, text, of in (
+            ("inference_queue_seconds", "Time a request waited for its run.", lambda m: m.queue),
+            ("inference_compute_seconds", "Time of one run of the model.", lambda m: m.compute),
+            ("inference_batch_rows", "Rows of one run of the model.", lambda m: m.batch_rows),
+            ("feature_lookup_seconds", "Time to complete a request with features.", lambda m: m.feature_lookup),
+        ):
+            family = HistogramMetricFamily(name, text, labels=by_model)
+            for model in models:
+                family.add_metric(model.labels, of(model).buckets(), of(model).sum)
+            yield family
+
+    @staticmethod
+    def _tallies(models: list[ModelMetrics], by_model: list[str]) -> Iterator[Metric]:
+        for name, text, attribute in (
+            ("inference_requests", "Requests answered.", "requests"),
+            ("inference_rows", "Rows in answered requests.", "rows"),
+            ("inference_request_bytes", "Bytes of request bodies.", "request_bytes"),
+            ("inference_response_bytes", "Bytes of response bodies.", "response_bytes"),
+        ):
+            family = CounterMetricFamily(name, text, labels=[*by_model, "outcome", "protocol"])
+            for model in models:
+                for (outcome, protocol), tally in model.tallies.items():
+                    family.add_metric([*model.labels, outcome, protocol], getattr(tally, attribute))
+            yield family

@@ -1,0 +1,433 @@
+"""Which models are served: loads them from manifests, swaps versions under load, and says what state each is in.
+
+Hides fetching, loading, warming up, measuring, draining and reloading. A version is loaded beside the one it replaces
+and takes over in one assignment; whatever fails, what served before goes on serving.
+"""
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+
+from phoenix_api import Manifest, ManifestError, PhoenixModel, read_manifests
+from phoenix_server import capacity, engine
+from phoenix_server.artifacts import Artifact, ArtifactStore
+from phoenix_server.batching import Batcher
+from phoenix_server.capacity import Capacity
+from phoenix_server.engine import Engine, EngineOptions, ModelFile, Runner
+from phoenix_server.errors import Code, ModelLoadError, PhoenixError, Reason
+from phoenix_server.metrics import Metrics, ModelMetrics
+from phoenix_server.onnx_file import OnnxFileError, read_facts
+from phoenix_server.settings import Settings
+from phoenix_server.tensors import Signature
+
+_log = logging.getLogger(__name__)
+# Traffic-free time after which the capacity measurement may (re)start.
+_QUIET_S = 0.3
+_Key = tuple[str, str]
+
+
+class State(StrEnum):
+    """The states of the model repository extension."""
+
+    READY = "READY"
+    LOADING = "LOADING"
+    UNLOADING = "UNLOADING"
+    UNAVAILABLE = "UNAVAILABLE"
+
+
+@dataclass(slots=True, eq=False)
+class ServedModel:
+    """One loaded version with everything a request needs. `max_request_bytes` bounds the (decompressed) body."""
+
+    name: str
+    version: str
+    manifest: Manifest
+    artifact: Artifact
+    engine: Engine
+    runner: Runner
+    batcher: Batcher
+    metrics: ModelMetrics
+    signature: Signature
+    max_batch_rows: int
+    max_request_bytes: int
+    loaded_at_s: float
+    stamps: tuple[tuple[int, int], ...]
+    capacity: Capacity | None = None
+
+    @property
+    def spec(self) -> "PhoenixModel.Spec":  # type: ignore[name-defined]
+        """The manifest's spec."""
+        return self.manifest.model.spec
+
+
+@dataclass(slots=True)
+class _Slot:
+    """One declared version: what it should be, what it is, and why not more."""
+
+    manifest: Manifest
+    state: State = State.LOADING
+    reason: str = ""
+    served: ServedModel | None = None
+    is_wanted: bool = True
+    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+
+class Repository:
+    """All declared models. Lives on one event loop; loading happens in threads."""
+
+    def __init__(self, settings: Settings, metrics: Metrics, store: ArtifactStore) -> None:
+        self._settings = settings
+        self._metrics = metrics
+        self._store = store
+        self._slots: dict[_Key, _Slot] = {}
+        # (name, version) and (name, "") -> what answers; the one look-up of the hot path.
+        self._answering: dict[_Key, ServedModel] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._last_busy_s = 0.0
+        self._is_started = False
+        self.is_draining = False
+
+    # --- what requests ask -------------------------------------------------------------------------------------------
+
+    def get(self, name: str, version: str = "") -> ServedModel:
+        """Return the model that answers for that name and version (empty: the newest).
+
+        Raises `PhoenixError`: NOT_FOUND for what nobody declared, UNAVAILABLE for what is not loaded.
+        """
+        try:
+            return self._answering[name, version]
+        except KeyError:
+            raise self._why_not(name, version) from None
+
+    def versions(self, name: str) -> list[str]:
+        """Return the loaded versions of a model, oldest first."""
+        return sorted((key[1] for key, slot in self._slots.items() if key[0] == name and slot.served), key=_age)
+
+    def served(self) -> list[ServedModel]:
+        """Return everything that is loaded."""
+        return [slot.served for slot in self._slots.values() if slot.served]
+
+    def index(self) -> Iterator[tuple[str, str, State, str]]:
+        """Yield name, version, state and reason of everything declared."""
+        for (name, version), slot in sorted(self._slots.items()):
+            yield name, version, slot.state, slot.reason
+
+    def reason(self, name: str, version: str) -> str:
+        """Return why the last load of a version failed; empty if it did not."""
+        return self._slots[name, version].reason
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether everything that should be served is served, and the server is not on its way out."""
+        return (
+            self._is_started
+            and not self.is_draining
+            and all(slot.served for slot in self._slots.values() if slot.is_wanted)
+        )
+
+    def _why_not(self, name: str, version: str) -> PhoenixError:
+        slots = {key[1]: slot for key, slot in self._slots.items() if key[0] == name}
+        if not slots:
+            known = sorted({key[0] for key in self._slots})
+            return PhoenixError(Code.NOT_FOUND, f"model '{name}' is not found; served: {', '.join(known) or 'none'}")
+        if version and version not in slots:
+            return PhoenixError(
+                Code.NOT_FOUND, f"model '{name}' has no version '{version}'; it has: {', '.join(sorted(slots))}"
+            )
+        slot = slots[version or max(slots, key=_age)]
+        why = f": {slot.reason}" if slot.reason else ""
+        return PhoenixError(
+            Code.UNAVAILABLE, f"model '{name}' is not ready, its state is {slot.state}{why}", retry_after_s=5
+        )
+
+    # --- what changes them -------------------------------------------------------------------------------------------
+
+    async def start(self, manifests: Iterable[Manifest]) -> None:
+        """Load all manifests, one after the other; raise the first `ModelLoadError` if settings say so."""
+        manifests = list(manifests)
+        for manifest in manifests:
+            self._declare(manifest)
+        for manifest in manifests:
+            try:
+                await self.load(manifest)
+            except ModelLoadError:
+                if self._settings.exit_on_error:
+                    raise
+        self._is_started = True
+
+    async def load(self, manifest: Manifest) -> None:
+        """Load a version and let it answer; what answered before is drained afterwards. Raises `ModelLoadError`."""
+        slot = self._declare(manifest)
+        name, version = _key(manifest)
+        async with slot.lock:
+            slot.is_wanted = True
+            if slot.served is None:
+                slot.state, slot.reason = State.LOADING, ""
+            started = time.perf_counter()
+            try:
+                served = await self._build(manifest)
+            except ModelLoadError as error:
+                slot.state = State.READY if slot.served else State.UNAVAILABLE
+                slot.reason = f"{error.reason}: {error.message}"
+                _log.error(
+                    "model not loaded", extra={"model": name, "version": version, "reason": error.reason,
+                                               "cause": error.message, "still_serving": slot.served is not None},
+                )  # fmt: skip
+                raise
+            served.metrics.load_s = time.perf_counter() - started
+            old, slot.served, slot.manifest = slot.served, served, manifest
+            slot.state, slot.reason = State.READY, ""
+            self._route()
+        _log.info(
+            "model ready",
+            extra={
+                "model": name, "version": version, "digest": served.artifact.sha256, "provider": served.engine.provider,
+                "inline": served.engine.is_inline, "seconds": round(served.metrics.load_s, 3),
+            },
+        )  # fmt: skip
+        if old is not None:
+            self._spawn(self._retire(old))
+        if self._settings.measure_capacity:
+            self._spawn(self._measure_when_quiet(served))
+
+    async def unload(self, name: str, version: str = "") -> None:
+        """Stop serving a model (all versions, or one) once what is in flight is answered. Raises NOT_FOUND."""
+        slots = [slot for key, slot in self._slots.items() if key[0] == name and version in ("", key[1])]
+        if not slots:
+            raise self._why_not(name, version)
+        for slot in slots:
+            async with slot.lock:
+                served, slot.served = slot.served, None
+                slot.is_wanted = False
+                slot.state, slot.reason = State.UNLOADING, "unloaded by request"
+                self._route()
+                if served is not None:
+                    await self._retire(served)
+                slot.state = State.UNAVAILABLE
+
+    async def load_named(self, name: str) -> None:
+        """Read the manifests of that name again and load them. Raises NOT_FOUND, or INVALID with the reason."""
+        slots = [slot for key, slot in self._slots.items() if key[0] == name]
+        if not slots:
+            raise self._why_not(name, "")
+        try:
+            manifests = await asyncio.to_thread(
+                read_manifests, sorted({slot.manifest.file for slot in slots}), strict=False
+            )
+            for manifest in manifests:
+                if manifest.model.metadata.name == name:
+                    await self.load(manifest)
+        except (ManifestError, ModelLoadError) as error:
+            raise PhoenixError(Code.INVALID, f"failed to load '{name}': {error}") from error
+
+    async def reload(self, paths: Iterable[Path]) -> None:
+        """Make what is served what the manifests now say. Faults are logged and keep the old version serving."""
+        try:
+            manifests = await asyncio.to_thread(read_manifests, list(paths), strict=False)
+        except ManifestError as error:
+            _log.error("manifests not reloaded; serving what was", extra={"cause": str(error)})
+            return
+        declared = {_key(manifest): manifest for manifest in manifests}
+        for key, manifest in declared.items():
+            slot = self._slots.get(key)
+            if slot is None or slot.manifest.model != manifest.model or slot.state is State.UNAVAILABLE or (
+                slot.served is not None and slot.served.stamps != _stamps(slot.served.artifact)
+            ):  # fmt: skip
+                with contextlib.suppress(ModelLoadError):  # logged and kept as the slot's reason
+                    await self.load(manifest)
+        for key in self._slots.keys() - declared.keys():
+            successors = [slot.served for other, slot in self._slots.items() if other[0] == key[0] and other != key]
+            if any(new in declared for new in self._slots if new[0] == key[0]) and not any(successors):
+                continue  # its successor did not load: the old version goes on
+            await self.unload(*key)
+            del self._slots[key]
+            self._metrics.forget(*key)
+
+    async def watch(self, paths: list[Path]) -> None:
+        """Reload whenever a manifest or a local model file changes; runs until cancelled."""
+        from watchfiles import awatch  # its threads are only needed once something is served
+
+        folders = {path if path.is_dir() else path.parent for path in paths}
+        folders |= {model.artifact.path.parent for model in self.served()}
+        # Symbolic links of a ConfigMap mount are swapped as a whole; the folder sees it.
+        async for changes in awatch(*folders, recursive=True, debounce=400, step=50):
+            _log.info("files changed; reading manifests again", extra={"files": sorted({c[1] for c in changes})[:5]})
+            await self.reload(paths)
+
+    async def close(self) -> None:
+        """Finish what is in flight, then free every model."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        served = self.served()
+        self._answering.clear()
+        await asyncio.gather(*(self._retire(model) for model in served))
+
+    # --- how -----------------------------------------------------------------------------------------------------------
+
+    def _declare(self, manifest: Manifest) -> _Slot:
+        slot = self._slots.setdefault(_key(manifest), _Slot(manifest))
+        if slot.manifest.model.metadata.namespace != manifest.model.metadata.namespace:
+            raise ModelLoadError(
+                Reason.NAME_CLASH,
+                f"{manifest.file}: model '{manifest.model.metadata.name}' is already served from {slot.manifest.file} "
+                "for another namespace; rename one",
+            )
+        return slot
+
+    async def _build(self, manifest: Manifest) -> ServedModel:
+        spec = manifest.model.spec
+        self._refuse_unsupported(spec)
+        name, version = _key(manifest)
+        artifact = await self._store.fetch(
+            spec.model.uri,
+            sha256=spec.model.sha256,
+            beside=manifest.file.parent,
+            credentials=self._credentials() if spec.model.credentials else None,
+        )
+        stamps = _stamps(artifact)
+        loaded = await asyncio.to_thread(self._load_engine, artifact, manifest)
+        objective = spec.autoscaling.target_latency if spec.autoscaling else None
+        metrics = self._metrics.model(name, version, slo_s=float(objective.value) if objective else None)
+        metrics.provider, metrics.digest = loaded.provider, artifact.sha256
+        runner = loaded.runner(asyncio.get_running_loop().call_soon_threadsafe)
+        max_rows = spec.batching.max_rows if loaded.signature.is_batchable else 1
+        batcher = _batcher(runner, metrics, manifest, max_rows)
+        metrics.queued_rows = lambda: batcher.queued_rows
+        return ServedModel(
+            name=name, version=version, manifest=manifest, artifact=artifact, engine=loaded, runner=runner,
+            batcher=batcher, metrics=metrics, signature=loaded.signature, max_batch_rows=max_rows,
+            max_request_bytes=int(spec.limits.max_request_bytes.value), loaded_at_s=time.time(), stamps=stamps,
+        )  # fmt: skip
+
+    def _load_engine(self, artifact: Artifact, manifest: Manifest) -> Engine:
+        spec, accelerator = manifest.model.spec, manifest.model.spec.runtime.accelerator
+        try:
+            facts = read_facts(artifact.path)
+        except OnnxFileError as error:
+            raise ModelLoadError(Reason.INVALID_MODEL, f"{artifact.path.name}: {error}") from error
+        options = EngineOptions(
+            provider=accelerator.provider if accelerator else None,
+            provider_options=accelerator.provider_options if accelerator else None,
+            must_accelerate=accelerator is not None and accelerator.policy == "Require",
+            threads=engine.intra_op_threads(spec.runtime.threads, self._settings.cpus),
+            instances=spec.runtime.instances,
+            warmup_iterations=spec.warmup.iterations,
+            warmup_rows=spec.warmup.rows,
+            cache_dir=self._settings.state_dir,
+        )
+        return engine.load(ModelFile(artifact.path, artifact.sha256, facts, artifact.size_bytes), options)
+
+    @staticmethod
+    def _refuse_unsupported(spec: "PhoenixModel.Spec") -> None:  # type: ignore[name-defined]
+        """Nothing that a manifest asks for is dropped in silence."""
+        bindings = spec.bindings
+        asked = [
+            name
+            for name, value in (
+                ("spec.features", spec.features),
+                ("spec.bindings.kafka", bindings and bindings.kafka),
+                ("spec.bindings.postgres", bindings and bindings.postgres),
+            )
+            if value
+        ]
+        if asked:
+            raise ModelLoadError(
+                Reason.INVALID_SPEC, f"{', '.join(asked)}: not served by this version of phoenix-server; remove it"
+            )
+        if spec.networking and spec.networking.rate_limit:
+            _log.warning("spec.networking.rateLimit is not enforced by this version of phoenix-server")
+
+    def _credentials(self) -> dict[str, str]:
+        folder = self._settings.model_credentials_dir
+        if not folder.is_dir():
+            return {}
+        return {file.name: file.read_text().strip() for file in sorted(folder.iterdir()) if file.is_file()}
+
+    def _route(self) -> None:
+        """Recompute who answers; the newest version answers where none is named."""
+        answering: dict[_Key, ServedModel] = {}
+        for (name, version), slot in sorted(self._slots.items(), key=lambda item: _age(item[0][1])):
+            if slot.served is not None:
+                answering[name, version] = answering[name, ""] = slot.served
+        self._answering = answering
+
+    async def _retire(self, model: ServedModel) -> None:
+        """Let a version that no longer answers finish what it has, then free it."""
+        try:
+            async with asyncio.timeout(self._settings.shutdown_seconds):
+                await model.batcher.drain()
+        except TimeoutError:
+            _log.error("requests were still running when the version was freed", extra={"model": model.name})
+        model.runner.close()
+        model.engine.close()
+
+    async def _measure_when_quiet(self, model: ServedModel) -> None:
+        """Measure capacity while no request is in flight; start again later when one comes."""
+        metrics = model.metrics
+
+        def is_quiet() -> bool:
+            return metrics.inflight == 0 and self._answering.get((model.name, model.version)) is model
+
+        while self._answering.get((model.name, model.version)) is model:
+            await asyncio.sleep(_QUIET_S)
+            if not is_quiet() or not self._is_started:
+                continue
+            measured = await self.measure(model, may_go_on=is_quiet)
+            if measured is not None or is_quiet():
+                return
+
+    async def measure(
+        self, model: ServedModel, *, may_go_on: "capacity.Callable[[], bool]" = lambda: True
+    ) -> Capacity | None:
+        """Measure a loaded model's capacity and publish it."""
+        model.capacity = await capacity.measure(
+            model.engine,
+            lambda metrics: _batcher(model.runner, metrics, model.manifest, model.max_batch_rows),
+            slo_s=model.metrics.slo_s,
+            may_go_on=may_go_on,
+        )
+        if model.capacity is not None:
+            model.metrics.capacity_concurrency = model.capacity.concurrency
+        return model.capacity
+
+    def _spawn(self, work: "asyncio.Future[None] | object") -> None:
+        task: asyncio.Task[None] = asyncio.ensure_future(work)  # type: ignore[arg-type]
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+
+def _batcher(runner: Runner, metrics: ModelMetrics, manifest: Manifest, max_rows: int) -> Batcher:
+    spec = manifest.model.spec
+    return Batcher(
+        runner,
+        metrics,
+        max_rows=max_rows,
+        max_queued_rows=spec.limits.max_queued_rows,
+        max_delay_s=spec.batching.max_delay_milliseconds / 1000,
+        timeout_s=spec.limits.timeout_seconds,
+    )
+
+
+def _key(manifest: Manifest) -> _Key:
+    return manifest.model.metadata.name, manifest.model.spec.model.version
+
+
+def _age(version: str) -> tuple[int, str]:
+    """Order versions: numbers by value, before anything else by name."""
+    return (int(version), "") if version.isdecimal() else (-1, version)
+
+
+def _stamps(artifact: Artifact) -> tuple[tuple[int, int], ...]:
+    """Return what changes when a file of the artifact is written or replaced."""
+    stamps = []
+    for file in artifact.files:
+        with contextlib.suppress(OSError):
+            stat = file.stat()
+            stamps.append((stat.st_mtime_ns, stat.st_size))
+    return tuple(stamps)

@@ -1,0 +1,126 @@
+"""Settings: where things are and how the process behaves. What is served is the manifests' business.
+
+Read once, at the door, from `PHOENIX_*` variables and from `SERVICE_BINDING_ROOT` folders, which win. An unknown
+`PHOENIX_*` variable or a wrong value is an error that names it. (Plain pydantic: pydantic-settings does the same for
+0.1 s and 5 MB more, a tenth of the start-up budget; see docs/decisions.)
+"""
+
+import os
+from collections.abc import Mapping
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator
+
+from phoenix_server.errors import Reason, StartError
+
+_PREFIX = "PHOENIX_"
+# Variables that belong to other programs of the project and so may stand in a shared environment.
+_FOREIGN = ("PHOENIX_TEST_", "PHOENIX_REQUIRE", "PHOENIX_BENCH_")
+# Service Binding type and key -> setting. https://servicebinding.io/spec/core/1.1.0/
+_BINDING_KEYS = {
+    ("postgresql", "uri"): "database_url",
+    ("redis", "uri"): "redis_url",
+    ("kafka", "bootstrap-servers"): "kafka_bootstrap_servers",
+}
+Port = Annotated[int, Field(ge=0, le=65535)]
+
+
+class Settings(BaseModel):
+    """Everything the environment decides. Durations are in seconds, sizes in bytes."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+    host: str = Field("0.0.0.0", description="Address that both ports listen on.")
+    http_port: Port = Field(8000, description="REST port; 0 picks a free one.")
+    grpc_port: Port = Field(8001, description="gRPC port; 0 picks a free one.")
+    grpc_engine: Literal["auto", "native", "grpcio"] = Field(
+        "auto", description="Engine under the gRPC servicer: pygrpc-native where it is installed, else grpc.aio."
+    )
+    model_store: Path = Field(Path("models"), description="Folder that relative model URIs are looked up in.")
+    state_dir: Path = Field(Path(".phoenix"), description="Folder for caches, and for SQLite and JSON lines later.")
+    drain_seconds: float = Field(
+        0.0, ge=0, le=3600, description="Time to answer as not ready before connections stop being accepted."
+    )
+    shutdown_seconds: float = Field(
+        60.0, gt=0, le=3600, description="Longest time to wait for requests in flight before the process ends."
+    )
+    exit_on_error: bool = Field(
+        True, description="End the process when a model cannot be loaded at start; else serve the others, not ready."
+    )
+    watch: bool = Field(True, description="Load manifests again when their files change.")
+    measure_capacity: bool = Field(True, description="Measure each model's capacity once it is loaded and idle.")
+    cpus: float = Field(
+        0.0, ge=0, description="CPUs this process may use (downward API); 0: the scheduler affinity decides."
+    )
+    model_credentials_dir: Path = Field(
+        Path("/var/run/phoenix/credentials"),
+        description="Folder of the Secret for fetching models: one file a key, used for the fetch only.",
+    )
+    api_keys_file: Path | None = Field(None, description="File with one bearer key a line; absent: no keys asked.")
+    access_log: bool = Field(False, description="Write one log line for each request.")
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least level that is logged.")
+    header_timeout_seconds: float = Field(10.0, gt=0, description="Longest time a request's head may take to arrive.")
+    body_timeout_seconds: float = Field(60.0, gt=0, description="Longest time a request's body may take to arrive.")
+    keep_alive_seconds: float = Field(75.0, gt=0, description="Longest time a connection may stay idle.")
+    max_connections: int = Field(10_000, ge=1, description="Open HTTP connections beyond which new ones are closed.")
+    termination_log: Path = Field(
+        Path("/dev/termination-log"), description="Where the reason for ending is written, if the file exists."
+    )
+    database_url: SecretStr | None = Field(None, description="PostgreSQL for models and audit (`DATABASE_URL`).")
+    redis_url: SecretStr | None = Field(None, description="Redis for online features.")
+    kafka_bootstrap_servers: str | None = Field(None, description="Kafka for events and asynchronous inference.")
+
+    @field_validator("database_url")
+    @classmethod
+    def _psycopg_url(cls, url: SecretStr | None) -> SecretStr | None:
+        """Read the asyncpg spelling of other frameworks as psycopg's, which is the driver here."""
+        if url is None:
+            return None
+        return SecretStr(url.get_secret_value().replace("postgresql+asyncpg://", "postgresql+psycopg://", 1))
+
+    @classmethod
+    def variable(cls, name: str) -> str:
+        """Return the environment variable of a setting."""
+        return "DATABASE_URL" if name == "database_url" else _PREFIX + name.upper()
+
+
+def load_settings(environment: Mapping[str, str] | None = None, **overrides: Any) -> Settings:
+    """Read the settings: arguments that are not None win over service bindings, and those over the environment.
+
+    Raises `StartError(InvalidSetting)` that lists every wrong or unknown variable.
+    """
+    environment = os.environ if environment is None else environment
+    names = {Settings.variable(name): name for name in Settings.model_fields}
+    faults = []
+    for variable in sorted(environment):
+        if variable.startswith(_PREFIX) and variable not in names and not variable.startswith(_FOREIGN):
+            near = get_close_matches(variable, names, n=1)
+            faults.append(f"{variable}: no such setting" + (f"; did you mean {near[0]}?" if near else ""))
+    values: dict[str, Any] = {names[v]: text for v, text in environment.items() if v in names and text != ""}
+    values |= _service_bindings(environment.get("SERVICE_BINDING_ROOT"))
+    values |= {name: value for name, value in overrides.items() if value is not None}
+    try:
+        settings = Settings(**values)
+    except ValidationError as error:
+        for fault in error.errors(include_url=False):
+            name = str(fault["loc"][0])
+            is_secret = "Secret" in str(Settings.model_fields[name].annotation)
+            got = "a secret value" if is_secret else repr(fault["input"])
+            faults.append(f"{Settings.variable(name)}: {fault['msg']}, got {got}")
+    if faults:
+        raise StartError(Reason.INVALID_SETTING, "; ".join(faults))
+    return settings
+
+
+def _service_bindings(root: str | None) -> dict[str, str]:
+    """Read the folders under `SERVICE_BINDING_ROOT`: one a binding, one file a key."""
+    values: dict[str, str] = {}
+    for folder in sorted(Path(root).iterdir()) if root and Path(root).is_dir() else ():
+        type_file = folder / "type"
+        kind = type_file.read_text().strip() if type_file.is_file() else folder.name
+        for (binding, key), name in _BINDING_KEYS.items():
+            if kind == binding and (folder / key).is_file():
+                values[name] = (folder / key).read_text().strip()
+    return values
