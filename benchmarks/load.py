@@ -68,8 +68,8 @@ def percentile(values: Sequence[float], share: float) -> float:
 def generators() -> dict[str, str]:
     """Return which generator makes which load here."""
     return {
-        "http": "wrk" if shutil.which("wrk") else "own (asyncio); install wrk for figures that mean something",
-        "grpc": "h2load" if shutil.which("h2load") else "grpc.aio client; install h2load for figures that mean something",
+        "http": "wrk" if shutil.which("wrk") else "asyncio, which is slower than the server; install wrk",
+        "grpc": "h2load" if shutil.which("h2load") else "grpc.aio, which is slower than the server; install h2load",
     }
 
 

@@ -104,7 +104,9 @@ class Process:
     def check_alive(self) -> None:
         """Raise `BenchError` if the program has ended."""
         if self._popen.poll() is not None:
-            raise BenchError(f"the server ended with code {self._popen.returncode}; its last words:\n{self._last_words()}")
+            raise BenchError(
+                f"the server ended with code {self._popen.returncode}; its last words:\n{self._last_words()}"
+            )
 
     def cpu_s(self) -> float:
         """User and system time of the program and its workers so far, in seconds (resolution 10 ms)."""

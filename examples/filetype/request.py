@@ -26,7 +26,7 @@ def features(path: Path) -> list[int]:
         file.seek(max(0, path.stat().st_size - BLOCK))
         last = file.read(BLOCK).rstrip()[-SIZE:]
     if len(first) < FEWEST:
-        raise ValueError(f"{path}: the model needs at least {FEWEST} bytes that are not white space")
+        raise ValueError(f"{path}: the model needs at least {FEWEST} bytes after leading white space")
     return [*first, *[PADDING] * (SIZE - len(first)), *[PADDING] * (SIZE - len(last)), *last]
 
 

@@ -2,9 +2,11 @@
 
 import argparse
 import gc
+import logging
 import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 # One thread of BLAS: numpy only moves data here, and each idle thread would hold memory.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
@@ -12,6 +14,9 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 from phoenix_server import __version__
 from phoenix_server.errors import ModelLoadError, Reason, StartError
 from phoenix_server.logs import configure
+
+if TYPE_CHECKING:
+    from phoenix_api import Manifest
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -96,24 +101,23 @@ def _openapi(_: argparse.Namespace) -> int:
     return 0
 
 
-def _manifests(paths: list[Path], *, strict: bool) -> "list[Manifest]":  # noqa: F821
+def _manifests(paths: list[Path], *, strict: bool) -> "list[Manifest]":
     """Read the manifests; unknown fields are an error when strict, else a warning."""
-    import logging
-
     from phoenix_api import ManifestError, read_manifests
 
     try:
         return read_manifests(paths, strict=True)
-    except ManifestError:
-        if not strict:
-            try:
-                manifests = read_manifests(paths, strict=False)
-            except ManifestError as lenient:
-                error = lenient
-            else:
-                logging.getLogger(__name__).warning("unknown fields ignored", extra={"cause": str(error)})
-                return manifests
-        raise StartError(Reason.INVALID_SPEC, str(error)) from error
+    except ManifestError as error:
+        fault = error
+    if not strict:
+        try:
+            manifests = read_manifests(paths, strict=False)
+        except ManifestError as error:
+            fault = error
+        else:
+            logging.getLogger(__name__).warning("unknown fields ignored", extra={"cause": str(fault)})
+            return manifests
+    raise StartError(Reason.INVALID_SPEC, str(fault)) from fault
 
 
 if __name__ == "__main__":

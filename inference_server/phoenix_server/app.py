@@ -27,6 +27,7 @@ from phoenix_server.logs import LogSettings
 from phoenix_server.metrics import Metrics
 from phoenix_server.repository import Repository
 from phoenix_server.settings import Settings, load_settings
+from phoenix_server.tracing import tracer_from_environment
 
 _log = logging.getLogger(__name__)
 
@@ -51,9 +52,12 @@ async def running(settings: Settings, manifests: Iterable[Manifest], paths: list
         keys = ApiKeys(settings.api_keys_file) if settings.api_keys_file else None
         log_settings = LogSettings()
         repository = Repository(settings, metrics, new_store(settings))
-        plane = DataPlane(repository, metrics)
+        tracer = tracer_from_environment()
+        if tracer is not None:
+            stack.callback(tracer.close)
+        plane = DataPlane(repository, metrics, tracer=tracer, is_access_logged=settings.access_log)
 
-        endpoint = InferEndpoint(plane, keys, is_access_logged=settings.access_log)
+        endpoint = InferEndpoint(plane, keys)
         # FastAPI and gRPC take a third of a second to import; a taken port or a wrong key file is told before.
         from phoenix_server.rest import create_rest
 

@@ -4,6 +4,7 @@ The file holds one key a line; empty lines and lines that begin with `#` are lef
 so that keys can be rotated without a restart. Health endpoints and metrics need no key.
 """
 
+import contextlib
 import hmac
 import os
 from pathlib import Path
@@ -34,10 +35,8 @@ class ApiKeys:
             raise PhoenixError(
                 Code.UNAUTHENTICATED, "an API key is needed: send the header 'Authorization: Bearer KEY'"
             )
-        try:
+        with contextlib.suppress(OSError):  # the keys known so far stay
             self._read()
-        except OSError:
-            pass  # keep the keys known so far
         # Every key is compared, so that the time taken tells nothing of which one was close.
         if not sum([hmac.compare_digest(key.strip(), known) for known in self._keys]):
             raise PhoenixError(Code.FORBIDDEN, "the API key is not known")

@@ -33,6 +33,7 @@ class _Waiting:
     rows: int
     key: object
     future: "asyncio.Future[list[Array]]"
+    queued_at: float
     deadline: float
     queued_ns: int = field(default_factory=_clock_ns)
 
@@ -100,12 +101,13 @@ class Batcher:
         if self._max_rows > 1:
             key = (output_names, *[(array.dtype, array.shape[1:]) for array in inputs.values()])
         future: asyncio.Future[list[Array]] = loop.create_future()
-        waiting = _Waiting(inputs, output_names, rows, key, future, loop.time() + self._timeout_s)
+        now = loop.time()
+        waiting = _Waiting(inputs, output_names, rows, key, future, now, now + self._timeout_s)
         self._queue.append(waiting)
         self.queued_rows += rows
         self._idle.clear()
         if timeout_us and timeout_us * 1e-6 < self._timeout_s:
-            waiting.deadline = loop.time() + timeout_us * 1e-6
+            waiting.deadline = now + timeout_us * 1e-6
             timer = loop.call_at(waiting.deadline, self._expire, waiting)
             future.add_done_callback(lambda _: timer.cancel())
         else:
@@ -139,7 +141,7 @@ class Batcher:
 
     def _expire(self, waiting: _Waiting) -> None:
         if not waiting.future.done():
-            waited_s = (_clock_ns() - waiting.queued_ns) * 1e-9
+            waited_s = self._loop.time() - waiting.queued_at
             waiting.future.set_exception(
                 PhoenixError(Code.DEADLINE, f"the deadline passed after {waited_s:.3f} s in queue and run")
             )
@@ -167,7 +169,7 @@ class Batcher:
     def _must_wait(self) -> bool:
         """Whether the manifest's `maxDelayMilliseconds` asks to wait for more rows; arms the timer if so."""
         oldest = self._queue[0]
-        left_s = self._max_delay_s - (_clock_ns() - oldest.queued_ns) * 1e-9
+        left_s = oldest.queued_at + self._max_delay_s - self._loop.time()
         if left_s <= 0 or sum(w.rows for w in self._queue if w.key == oldest.key) >= self._max_rows:
             return False
         if self._delay_timer is None:

@@ -14,7 +14,7 @@ from phoenix_server.tensors import TensorSpec
 
 
 def check(settings: Settings, manifests: Iterable[Manifest]) -> int:
-    """Check each manifest's model and print a block for it; return 0, or the exit code of the first failure's reason."""
+    """Check each manifest's model and print a block for it; return 0, or the exit code of the first failure."""
     return asyncio.run(_check(settings, manifests))
 
 

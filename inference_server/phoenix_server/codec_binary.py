@@ -51,9 +51,7 @@ def decode(document: Mapping[str, Any], blobs: memoryview, model_name: str) -> t
 
     request, forms = codec_json.decode(document, blob)
     if taken != len(blobs):
-        raise invalid(
-            f"unexpected additional input data for model '{model_name}': {len(blobs) - taken} bytes after the last input"
-        )
+        raise invalid(f"unexpected additional input data for model '{model_name}': {len(blobs) - taken} bytes are left")
     return request, forms
 
 
@@ -134,7 +132,7 @@ def bytes_of(array: Array) -> bytes | memoryview:
         return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data if array.size else b""
     parts: list[bytes] = []
     for element in array.flat:
-        text = element.encode() if isinstance(element, str) else bytes(element)
+        text = str(element).encode()
         parts += (_LENGTH.pack(len(text)), text)
     return b"".join(parts)
 

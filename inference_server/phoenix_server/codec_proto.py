@@ -33,8 +33,13 @@ _CONTENTS = {
     DType.FP64: "fp64_contents",
     DType.BYTES: "bytes_contents",
 }
-# These share a field with a wider datatype, so their range has to be checked; the value is what numpy reads them as.
-_NARROW = {DType.INT8: np.int32, DType.INT16: np.int32, DType.UINT8: np.uint32, DType.UINT16: np.uint32}
+# These share a field with a wider datatype, which numpy reads first: its type, and the range that is allowed.
+_NARROW = {
+    DType.INT8: (np.int32, -(2**7), 2**7 - 1),
+    DType.INT16: (np.int32, -(2**15), 2**15 - 1),
+    DType.UINT8: (np.uint32, 0, 2**8 - 1),
+    DType.UINT16: (np.uint32, 0, 2**16 - 1),
+}
 _MAX_TIMEOUT_US = 2**63 - 1
 # Tensor parameters of extensions that are not served; to drop them would give a wrong answer.
 _UNSERVED = ("shared_memory_region", "classification")
@@ -122,7 +127,7 @@ def _decode_input(tensor: Any, raw: bytes | None) -> Array:
 
 
 def _from_contents(contents: Any, dtype: DType, shape: tuple[int, ...], where: str) -> Array:
-    """Return typed contents as an array; raise INVALID unless they are in the one right field and of the right count."""
+    """Return typed contents as an array; raise INVALID unless the one right field has the right count."""
     expected = _CONTENTS.get(dtype)
     if expected is None:
         raise invalid(f"{where}: {dtype.name} has no typed contents; send it in raw_input_contents")
@@ -138,11 +143,11 @@ def _from_contents(contents: Any, dtype: DType, shape: tuple[int, ...], where: s
         return _strings(elements, count, where).reshape(shape)
     if dtype not in _NARROW:
         return np.fromiter(elements, dtype.numpy, count).reshape(shape)
-    wide = np.fromiter(elements, _NARROW[dtype], count)
-    limits = np.iinfo(dtype.numpy)
-    if count and (wide.min() < limits.min or wide.max() > limits.max):
-        culprit = next(number for number in elements if not limits.min <= number <= limits.max)
-        raise invalid(f"{where}: {culprit} is outside {dtype.name} ({limits.min} to {limits.max})")
+    wide_type, low, high = _NARROW[dtype]
+    wide = np.fromiter(elements, wide_type, count)
+    if count and (wide.min() < low or wide.max() > high):
+        culprit = next(number for number in elements if not low <= number <= high)
+        raise invalid(f"{where}: {culprit} is outside {dtype.name} ({low} to {high})")
     return wide.astype(dtype.numpy).reshape(shape)
 
 

@@ -6,6 +6,7 @@ audit, whose implementations come with the bindings.
 """
 
 import itertools
+import logging
 import os
 import time
 from dataclasses import dataclass
@@ -18,6 +19,9 @@ from phoenix_server.metrics import Metrics
 from phoenix_server.metrics import Protocol as Transport
 from phoenix_server.repository import Repository, ServedModel, State
 from phoenix_server.tensors import InferRequest, InferResponse, TensorSpec
+from phoenix_server.tracing import Tracer
+
+_access_log = logging.getLogger("phoenix_server.access")
 
 SERVER_NAME = "phoenix"
 EXTENSIONS = (
@@ -67,11 +71,16 @@ class DataPlane:
         *,
         features: FeatureSource | None = None,
         recorder: Recorder | None = None,
+        tracer: Tracer | None = None,
+        is_access_logged: bool = False,
     ) -> None:
+        """Absent seams cost nothing. `is_access_logged`: one log line for each request."""
         self.repository = repository
         self.metrics = metrics
         self._features = features
         self._recorder = recorder
+        self._tracer = tracer
+        self._is_access_logged = is_access_logged
         self._id_prefix = os.urandom(6).hex()
         self._id_count = itertools.count(1)
 
@@ -246,10 +255,25 @@ class DataPlane:
         error: PhoenixError | None,
         seconds: float,
         sizes: tuple[int, int, int],
+        *,
+        request_id: str = "",
+        traceparent: str = "",
     ) -> None:
-        """Count an answered request: body received to body ready in `seconds`; `sizes`: rows, request, response bytes."""
+        """Count an answered request, and log and trace it where that is asked for.
+
+        `seconds` lie between body received and body ready; `sizes` are rows, request bytes and response bytes.
+        `traceparent` is the caller's trace context (W3C Trace Context), carried into log and trace.
+        """
         outcome = Outcome.OK if error is None else error.outcome
         model.metrics.observe_request(outcome, transport, seconds, sizes)
+        if self._is_access_logged or self._tracer is not None:
+            fields = {"model": model.name, "version": model.version, "request_id": request_id, "outcome": outcome.value,
+                      "protocol": transport, "rows": sizes[0]}  # fmt: skip
+            if self._is_access_logged:
+                extra = fields | {"seconds": round(seconds, 6), "traceparent": traceparent}
+                _access_log.info("request", extra=extra)
+            if self._tracer is not None:
+                self._tracer.report(traceparent, seconds, fields, None if error is None else error.message)
 
 
 def _tensor_metadata(spec: TensorSpec) -> dict[str, Any]:

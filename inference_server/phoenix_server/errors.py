@@ -67,7 +67,7 @@ def invalid(message: str) -> PhoenixError:
 
 
 class Reason(StrEnum):
-    """Why a model cannot be served; the names are API (status conditions, termination message)."""
+    """Why a model cannot be served; the names are API (status conditions, termination message, exit codes)."""
 
     INVALID_SPEC = "InvalidSpec"
     NAME_CLASH = "NameClash"
@@ -84,8 +84,29 @@ class Reason(StrEnum):
 
     @property
     def exit_code(self) -> int:
-        """Return the process exit code: 10 for the first reason, counting up (1 and 2 stay Python's and argparse's)."""
+        """The process exit code: 10 for the first reason, counting up (1 and 2 stay Python's and argparse's)."""
         return 10 + list(Reason).index(self)
+
+    @property
+    def meaning(self) -> str:
+        """What is wrong and what to do, in one sentence for the reference page."""
+        return _MEANINGS[self]
+
+
+_MEANINGS = {
+    Reason.INVALID_SPEC: "The manifest is broken; the message names file, document, field and every fault.",
+    Reason.NAME_CLASH: "Two manifests declare the same model and version; rename one or change its version.",
+    Reason.NOT_FOUND: "No file at `spec.model.uri`; the message lists every place that was looked at.",
+    Reason.FETCH_FAILED: "The store did not give the model; the message says why and what to check.",
+    Reason.DIGEST_MISMATCH: "The file is not the one that `spec.model.sha256` names; it is never loaded.",
+    Reason.INVALID_MODEL: "The file is truncated, no ONNX model, or one that ONNX Runtime refuses.",
+    Reason.UNSUPPORTED_OPSET: "The model needs a newer ONNX Runtime; export it with an older opset or IR version.",
+    Reason.EXTERNAL_DATA_MISSING: "A weights file is missing; put it beside the model, or save the model as one file.",
+    Reason.PROVIDER_UNAVAILABLE: "The accelerator asked for is not there and `policy` is `Require`.",
+    Reason.PORT_IN_USE: "Another process listens on the port; set `PHOENIX_HTTP_PORT` or `PHOENIX_GRPC_PORT`.",
+    Reason.INVALID_SETTING: "A `PHOENIX_*` variable is unknown or wrong; the message names it.",
+    Reason.STATE_UNWRITABLE: "`PHOENIX_STATE_DIR` cannot be written.",
+}
 
 
 class ModelLoadError(Exception):

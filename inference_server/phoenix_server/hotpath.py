@@ -24,7 +24,6 @@ from phoenix_server.repository import ServedModel
 from phoenix_server.tensors import InferRequest
 
 _log = logging.getLogger(__name__)
-_access_log = logging.getLogger("phoenix_server.access")
 
 HTTP_STATUS = {
     Code.INVALID: 400,
@@ -84,12 +83,11 @@ def error_reply(error: PhoenixError) -> HttpReply:
 
 
 class InferEndpoint:
-    """The inference endpoint of one data plane. `is_access_logged`: one log line for each request."""
+    """The inference endpoint of one data plane."""
 
-    def __init__(self, plane: DataPlane, keys: ApiKeys | None = None, *, is_access_logged: bool = False) -> None:
+    def __init__(self, plane: DataPlane, keys: ApiKeys | None = None) -> None:
         self._plane = plane
         self._keys = keys
-        self._is_access_logged = is_access_logged
 
     def admit(self, target: tuple[str, str], headers: Headers) -> ServedModel:
         """Return the model for a request whose head has arrived; raise `PhoenixError` before its body is read."""
@@ -143,25 +141,16 @@ class InferEndpoint:
             reply = error_reply(failure)
         finally:
             metrics.inflight -= 1
-            seconds = time.perf_counter() - started
-            self._plane.finished(model, "rest", failure, seconds, (rows, len(body), len(reply.body)))
-            if self._is_access_logged:
-                log_access(model, headers, request_id, reply.status, seconds)
+            self._plane.finished(
+                model,
+                "rest",
+                failure,
+                time.perf_counter() - started,
+                (rows, len(body), len(reply.body)),
+                request_id=request_id,
+                traceparent=headers[b"traceparent"].decode("latin-1") if b"traceparent" in headers else "",
+            )
         return reply
-
-
-def log_access(model: ServedModel, headers: Headers, request_id: str, status: int, seconds: float) -> None:
-    """Write the access line of one inference; a trace context that the caller sent is carried into it."""
-    fields: dict[str, Any] = {
-        "model": model.name,
-        "version": model.version,
-        "request_id": request_id,
-        "status": status,
-        "seconds": round(seconds, 6),
-    }
-    if b"traceparent" in headers:
-        fields["traceparent"] = headers[b"traceparent"].decode("latin-1")
-    _access_log.info("request", extra=fields)
 
 
 def too_large(size: int, limit: int) -> PhoenixError:

@@ -69,7 +69,7 @@ class HttpServer:
         """Accept connections on the running loop."""
         assert self._socket is not None
         loop = asyncio.get_running_loop()
-        config = Config(self._app, http="httptools", ws="none", lifespan="off", log_config=None, proxy_headers=False)
+        config = Config(self._app, http="httptools", ws="none", lifespan="off", log_config=None, access_log=False)
         config.load()
         self._config = config
         loop.add_reader(self._socket.fileno(), self._accept)
@@ -92,15 +92,18 @@ class HttpServer:
             await asyncio.wait(self._accepting)
         deadline = loop.time() + grace_s
         while self.state.connections and loop.time() < deadline:
-            for connection in list(self.state.connections):
+            for connection in self._connections():
                 connection.close_if_idle(loop.time(), _LINGER_S)
             await asyncio.sleep(0.01)
         if self.state.connections:
             _log.error("connections closed with requests in flight", extra={"count": len(self.state.connections)})
-        for connection in list(self.state.connections):
+        for connection in self._connections():
             connection.transport.abort()
         if self._sweeper is not None:
             self._sweeper.cancel()
+
+    def _connections(self) -> "list[PhoenixProtocol]":
+        return list(self.state.connections)  # type: ignore[arg-type]
 
     def _accept(self) -> None:
         """Take every connection that waits."""
@@ -135,7 +138,7 @@ class HttpServer:
         """Close connections that keep their request, or the silence between two, for too long."""
         loop = asyncio.get_running_loop()
         now = loop.time()
-        for connection in list(self.state.connections):
+        for connection in self._connections():
             connection.check_time(now)
         self._sweeper = loop.call_later(_SWEEP_S, self._sweep)
 
@@ -169,6 +172,8 @@ class _NoEvent:
 
 class PhoenixProtocol(HttpToolsProtocol):
     """One connection."""
+
+    cycle: Any  # uvicorn's `RequestResponseCycle`, or an `_InferCycle`
 
     def __init__(self, server: HttpServer, config: Config, state: ServerState) -> None:
         super().__init__(config, state, {}, asyncio.get_running_loop())
@@ -222,7 +227,7 @@ class PhoenixProtocol(HttpToolsProtocol):
         """Check the head; send an inference on its short way."""
         self._is_head_complete = True
         header_bytes, self._header_bytes = self._header_bytes, 0
-        if header_bytes > _MAX_HEADER_BYTES and sum(len(n) + len(v) for n, v in self.headers) > _MAX_HEADER_BYTES:
+        if header_bytes > _MAX_HEADER_BYTES and sum(len(n) + len(v) + 4 for n, v in self.headers) > _MAX_HEADER_BYTES:
             raise _headers_too_large()
         headers = self._header_map = dict(self.headers)
         self._check_head(headers)
@@ -247,8 +252,8 @@ class PhoenixProtocol(HttpToolsProtocol):
         try:
             model = self._server.endpoint.admit(target, headers)
         except PhoenixError as error:
-            length = int(headers.get(b"content-length", 0))
-            if error.code is Code.TOO_LARGE or b"transfer-encoding" in headers or length > _MAX_SMALL_BODY_BYTES:
+            size = int(headers.get(b"content-length", 0))
+            if error.code is Code.TOO_LARGE or b"transfer-encoding" in headers or size > _MAX_SMALL_BODY_BYTES:
                 self._server.endpoint.refuse(error)
                 raise
             # A small body is read and dropped, so that the connection can go on.

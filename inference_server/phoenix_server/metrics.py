@@ -208,7 +208,7 @@ class Metrics:
         models = list(self.models.values())
         yield from self._histograms(models, by_model)
         yield from self._tallies(models, by_model)
-        for name, text, value in (
+        gauges: tuple[tuple[str, str, Callable[[ModelMetrics], float | None]], ...] = (
             ("inference_inflight_requests", "Requests received and not yet answered.", lambda m: m.inflight),
             ("inference_queued_rows", "Rows that wait for a run.", lambda m: m.queued_rows()),
             ("phoenix_model_slo_seconds", "The latency objective of the manifest.", lambda m: m.slo_s),
@@ -218,7 +218,8 @@ class Metrics:
                 lambda m: m.capacity_concurrency,
             ),
             ("phoenix_model_load_seconds", "Time from the fetch to the end of the warm-up.", lambda m: m.load_s),
-        ):
+        )
+        for name, text, value in gauges:
             gauge = GaugeMetricFamily(name, text, labels=by_model)
             for model in models:
                 number = value(model)
@@ -253,12 +254,13 @@ class Metrics:
             for outcome, histogram in model.latency.items():
                 latency.add_metric([*model.labels, outcome], histogram.buckets(), histogram.sum)
         yield latency
-        for name, text, of in (
+        histograms: tuple[tuple[str, str, Callable[[ModelMetrics], Histogram]], ...] = (
             ("inference_queue_seconds", "Time a request waited for its run.", lambda m: m.queue),
             ("inference_compute_seconds", "Time of one run of the model.", lambda m: m.compute),
             ("inference_batch_rows", "Rows of one run of the model.", lambda m: m.batch_rows),
             ("feature_lookup_seconds", "Time to complete a request with features.", lambda m: m.feature_lookup),
-        ):
+        )
+        for name, text, of in histograms:
             family = HistogramMetricFamily(name, text, labels=by_model)
             for model in models:
                 family.add_metric(model.labels, of(model).buckets(), of(model).sum)

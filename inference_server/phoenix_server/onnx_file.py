@@ -1,12 +1,11 @@
 """What Phoenix needs to know of an .onnx file before anything is loaded: opsets, names, and its external data files.
 
-Hides the protobuf wire format. The file is mapped and walked field by field; weights are stepped over, never read, so
+Hides the protobuf wire format. The file is walked field by field through a small window; weights are stepped over, so
 memory stays flat and a cold start pays milliseconds, not the import of `onnx`. Called by `artifacts` (which files
 belong to the model) and `repository` (facts for the engine). Nothing in the file is executed, and whatever its bytes
 are, the only error is `OnnxFileError`.
 """
 
-import mmap
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -27,7 +26,6 @@ FIELDS = {
 }
 # Where tensors hide: message -> field -> the message found there. Everything else is stepped over.
 _INSIDE = {
-    "ModelProto": {7: "GraphProto", 25: "FunctionProto"},
     "GraphProto": {1: "NodeProto", 5: "TensorProto", 15: "SparseTensorProto"},
     "FunctionProto": {7: "NodeProto", 11: "AttributeProto"},
     "NodeProto": {5: "AttributeProto"},
@@ -43,6 +41,8 @@ _EXTERNAL = 1  # TensorProto.DataLocation
 _FIRST_IR_WITH_OPSETS = 3
 # Longest string this module reads; names are short, and a forged length must not allocate the file.
 _MAX_STRING_BYTES = 65_536
+_BLOCK_BYTES = 16_384
+_MAX_DEPTH = 100  # protobuf's own limit
 _Span = tuple[int, int]
 
 
@@ -68,23 +68,52 @@ def read_facts(path: Path) -> OnnxFacts:
         size = os.fstat(file.fileno()).st_size
         if size == 0:
             raise OnnxFileError("the file is empty")
-        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            try:
-                facts = _Reader(data).read()
-            except OnnxFileError as error:
-                if kind := _looks_like(data[:512]):
-                    raise OnnxFileError(f"not an ONNX model: the file looks like {kind}") from None
-                raise error
+        data = _Window(file.fileno(), size)
+        try:
+            facts = _Reader(data).read()
+        except OnnxFileError as error:
+            if kind := _looks_like(os.pread(file.fileno(), 512, 0)):
+                raise OnnxFileError(f"not an ONNX model: the file looks like {kind}") from None
+            raise error
     for location in facts.external_files:
         _refuse_escape(path, location)
     return facts
+
+
+class _Window:
+    """The bytes of a file, one block in memory at a time.
+
+    Not a memory map: a mapped file that another process cuts short (a copy that starts over) ends this process.
+    """
+
+    def __init__(self, file: int, size: int) -> None:
+        self._file = file
+        self._size = size
+        self._block = b""
+        self._base = 0
+
+    def __len__(self) -> int:
+        return self._size
+
+    def __getitem__(self, at: int) -> int:
+        index = at - self._base
+        if not 0 <= index < len(self._block):
+            self._base = at - at % _BLOCK_BYTES
+            self._block = os.pread(self._file, _BLOCK_BYTES, self._base)
+            index = at - self._base
+            if index >= len(self._block):
+                raise OnnxFileError("the file became shorter while it was read")
+        return self._block[index]
+
+    def slice(self, start: int, end: int) -> bytes:
+        return os.pread(self._file, end - start, start)
 
 
 @dataclass(slots=True)
 class _Reader:
     """One walk over a model. Every step moves forward, so the walk ends after at most one step a byte."""
 
-    data: mmap.mmap
+    data: _Window
     ir_version: int = 0
     producer: str = ""
     opsets: dict[str, int] = field(default_factory=dict)
@@ -109,8 +138,6 @@ class _Reader:
         )  # fmt: skip
 
     def _model(self, span: _Span) -> None:
-        # Sub-messages are worked off from a list, not by recursion: deep nesting costs memory by the byte, no stack.
-        todo: list[tuple[str, _Span]] = []
         for number, value in self._fields(span, "ModelProto"):
             match number, value:
                 case 1, int():
@@ -119,27 +146,26 @@ class _Reader:
                     self.producer = self._text(value, "producer_name")
                 case 7, (_, _):
                     self.has_graph = True
-                    self._names(value)
-                    todo.append(("GraphProto", value))
+                    self._walk("GraphProto", value, is_main_graph=True)
                 case 8, (_, _):
                     self._opset(value)
                 case 25, (_, _):
-                    todo.append(("FunctionProto", value))
-        while todo:
-            message, inner = todo.pop()
-            inside = _INSIDE[message]
-            for number, value in self._fields(inner, message):
-                kind = inside.get(number)
-                if kind is None or isinstance(value, int):
-                    continue
-                if kind == "TensorProto":
-                    self._tensor(value)
-                else:
-                    todo.append((kind, value))
+                    self._walk("FunctionProto", value)
 
-    def _names(self, graph: _Span) -> None:
-        for number, value in self._fields(graph, "GraphProto"):
-            if number in (11, 12) and not isinstance(value, int):
+    def _walk(self, message: str, span: _Span, depth: int = 0, is_main_graph: bool = False) -> None:
+        """Find the tensors in a message, at any depth; of the main graph, the names of inputs and outputs as well."""
+        if depth > _MAX_DEPTH:
+            raise OnnxFileError(f"the model is nested deeper than {_MAX_DEPTH} messages")
+        inside = _INSIDE[message]
+        for number, value in self._fields(span, message):
+            if isinstance(value, int):
+                continue
+            kind = inside.get(number)
+            if kind == "TensorProto":
+                self._tensor(value)
+            elif kind is not None:
+                self._walk(kind, value, depth + 1)
+            elif is_main_graph and number in (11, 12):
                 names = self.inputs if number == 11 else self.outputs
                 names.append(self._strings(value, "ValueInfoProto").get(1, ""))
 
@@ -154,24 +180,23 @@ class _Reader:
         self.opsets["" if domain == "ai.onnx" else domain] = version
 
     def _tensor(self, span: _Span) -> None:
-        entries: list[_Span] = []
         name: _Span = (0, 0)
+        location: str | None = None
         is_external = False
         for number, value in self._fields(span, "TensorProto"):
             match number, value:
                 case 8, (_, _):
                     name = value
                 case 13, (_, _):
-                    entries.append(value)
+                    pair = self._strings(value, "StringStringEntryProto")
+                    if pair.get(1) == "location":
+                        location = pair.get(2, "")
                 case 14, int():
                     is_external = value == _EXTERNAL
-        if not is_external:
-            return
-        pairs = (self._strings(entry, "StringStringEntryProto") for entry in entries)
-        location = next((pair.get(2, "") for pair in pairs if pair.get(1) == "location"), None)
-        if location is None:
-            raise OnnxFileError(f"tensor '{self._text(name, 'name')}' is stored outside the file, but says not where")
-        self.locations.add(_checked_location(location))
+        if is_external:
+            if location is None:
+                raise OnnxFileError(f"tensor '{self._text(name, 'name')}' lies outside the file, but says not where")
+            self.locations.add(_checked_location(location))
 
     def _strings(self, span: _Span, message: str) -> dict[int, str]:
         return {
@@ -187,7 +212,7 @@ class _Reader:
                 f"{what} at byte {start} is {end - start} bytes long; at most {_MAX_STRING_BYTES} make sense"
             )
         try:
-            return self.data[start:end].decode()
+            return self.data.slice(start, end).decode()
         except UnicodeDecodeError:
             raise OnnxFileError(f"{what} at byte {start} is not UTF-8 text") from None
 
@@ -244,7 +269,7 @@ class _Reader:
 def _checked_location(location: str) -> str:
     """Return an external location that stays beside the model, else raise."""
     parts = location.split("/")
-    if not location or location.startswith("/") or ".." in parts or "\\" in location or "\0" in location:
+    if location.startswith("/") or ".." in parts or "\\" in location or not location.isprintable():
         raise OnnxFileError(f"external data location {location!r} is not a relative path inside the model's folder")
     name = str(PurePosixPath(location))
     if name == ".":

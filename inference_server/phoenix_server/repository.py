@@ -8,12 +8,12 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Coroutine, Iterable, Iterator
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 
-from phoenix_api import Manifest, ManifestError, PhoenixModel, read_manifests
+from phoenix_api import Manifest, ManifestError, PhoenixModelSpec, read_manifests
 from phoenix_server import capacity, engine
 from phoenix_server.artifacts import Artifact, ArtifactStore
 from phoenix_server.batching import Batcher
@@ -60,7 +60,7 @@ class ServedModel:
     capacity: Capacity | None = None
 
     @property
-    def spec(self) -> "PhoenixModel.Spec":  # type: ignore[name-defined]
+    def spec(self) -> PhoenixModelSpec:
         """The manifest's spec."""
         return self.manifest.model.spec
 
@@ -92,7 +92,7 @@ class Repository:
         self._is_started = False
         self.is_draining = False
 
-    # --- what requests ask -------------------------------------------------------------------------------------------
+    # --- what requests ask -----------------------------------------------------------------------------------
 
     def get(self, name: str, version: str = "") -> ServedModel:
         """Return the model that answers for that name and version (empty: the newest).
@@ -145,7 +145,7 @@ class Repository:
             Code.UNAVAILABLE, f"model '{name}' is not ready, its state is {slot.state}{why}", retry_after_s=5
         )
 
-    # --- what changes them -------------------------------------------------------------------------------------------
+    # --- what changes them -----------------------------------------------------------------------------------
 
     async def start(self, manifests: Iterable[Manifest]) -> None:
         """Load all manifests, one after the other; raise the first `ModelLoadError` if settings say so."""
@@ -268,7 +268,7 @@ class Repository:
         self._answering.clear()
         await asyncio.gather(*(self._retire(model) for model in served))
 
-    # --- how -----------------------------------------------------------------------------------------------------------
+    # --- how -------------------------------------------------------------------------------------------------
 
     def _declare(self, manifest: Manifest) -> _Slot:
         slot = self._slots.setdefault(_key(manifest), _Slot(manifest))
@@ -324,7 +324,7 @@ class Repository:
         return engine.load(ModelFile(artifact.path, artifact.sha256, facts, artifact.size_bytes), options)
 
     @staticmethod
-    def _refuse_unsupported(spec: "PhoenixModel.Spec") -> None:  # type: ignore[name-defined]
+    def _refuse_unsupported(spec: PhoenixModelSpec) -> None:
         """Nothing that a manifest asks for is dropped in silence."""
         bindings = spec.bindings
         asked = [
@@ -382,9 +382,7 @@ class Repository:
             if measured is not None or is_quiet():
                 return
 
-    async def measure(
-        self, model: ServedModel, *, may_go_on: "capacity.Callable[[], bool]" = lambda: True
-    ) -> Capacity | None:
+    async def measure(self, model: ServedModel, *, may_go_on: Callable[[], bool] = lambda: True) -> Capacity | None:
         """Measure a loaded model's capacity and publish it."""
         model.capacity = await capacity.measure(
             model.engine,
@@ -396,8 +394,8 @@ class Repository:
             model.metrics.capacity_concurrency = model.capacity.concurrency
         return model.capacity
 
-    def _spawn(self, work: "asyncio.Future[None] | object") -> None:
-        task: asyncio.Task[None] = asyncio.ensure_future(work)  # type: ignore[arg-type]
+    def _spawn(self, work: Coroutine[None, None, None]) -> None:
+        task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 

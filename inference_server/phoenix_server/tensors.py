@@ -7,13 +7,14 @@ ONNX strings are UTF-8.
 
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from phoenix_server.errors import PhoenixError, invalid
 
-Array = NDArray[np.generic]
+Array = NDArray[Any]
 Parameter = str | int | float | bool
 
 

@@ -1,0 +1,239 @@
+"""Turns rounds of figures into medians, ratios and verdicts, and writes them: for people, and as JSON for machines.
+
+A ratio is computed within one round and the median taken of the ratios, because the machine's speed drifts from one
+round to the next and both sides of a round drift with it.
+"""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import subprocess
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from load import generators
+from scenarios import SCENARIOS, TARGETS, Figures, Target
+
+UNITS = {
+    "rps": "requests/s",
+    "p50_ms": "p50 ms",
+    "p99_ms": "p99 ms",
+    "cpu_us": "CPU µs/request",
+    "storm_ms": "all answered after ms",
+    "refused_ms": "413 after ms (worst)",
+    "before_p50_ms": "before: p50 ms",
+    "before_p99_ms": "before: p99 ms",
+    "ready_s": "exec to ready s",
+    "pss_mb": "PSS MB",
+    "rss_mb": "RSS MB",
+}
+TITLES = {"phoenix": "Phoenix", "grpcio": "Phoenix on grpc.aio", "naive": "FastAPI endpoint", "raw": "in process",
+          "mlserver": "MLServer", "kserve": "KServe"}  # fmt: skip
+_PACKAGES = ("onnxruntime", "numpy", "uvicorn", "uvloop", "httptools", "fastapi", "pydantic", "orjson", "pysimdjson",
+             "grpcio", "pygrpc-native")  # fmt: skip
+
+
+@dataclass(slots=True)
+class Outcome:
+    """Everything that was measured: for each scenario, each subject's figures round by round."""
+
+    rounds: dict[str, dict[str, list[Figures]]] = field(default_factory=dict)
+    quiet_rps: list[float] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def add(self, scenario: str, subject: str, figures: Figures) -> None:
+        """Keep the figures of one round."""
+        self.rounds.setdefault(scenario, {}).setdefault(subject, []).append(figures)
+
+    def values(self, scenario: str, subject: str, figure: str) -> list[float]:
+        """Return one figure round by round; empty if it was not measured."""
+        rounds = self.rounds.get(scenario, {}).get(subject, [])
+        return [figures[figure] for figures in rounds if figure in figures]
+
+    def ratios(self, scenario: str, subject: str, over: str, figure: str = "rps") -> list[float]:
+        """Return a figure of `subject` divided by that of `over`, round by round."""
+        pairs = zip(self.values(scenario, subject, figure), self.values(scenario, over, figure), strict=False)
+        return [above / below for above, below in pairs]
+
+    def of_target(self, target: Target) -> list[float]:
+        """Return what a target looks at, round by round."""
+        if target.over is None:
+            return self.values(target.scenario, "phoenix", target.figure)
+        return self.ratios(target.scenario, "phoenix", target.over, target.figure)
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """A table for the terminal and for Markdown alike."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: list[tuple[str, ...]]
+
+
+def tables(outcome: Outcome) -> list[Table]:
+    """Return the figures, then the targets."""
+    return [_throughput(outcome), _other(outcome), _targets(outcome)]
+
+
+def _throughput(outcome: Outcome) -> Table:
+    rows = []
+    for scenario in SCENARIOS:
+        for subject in outcome.rounds.get(scenario.key, {}):
+            if not outcome.values(scenario.key, subject, "rps"):
+                continue
+            cells = [spread(outcome.values(scenario.key, subject, figure)) for figure in ("rps", "p50_ms", "p99_ms")]
+            cells.append(spread(outcome.values(scenario.key, subject, "cpu_us")))
+            ratios = outcome.ratios(scenario.key, "phoenix", subject)
+            cells.append("" if subject == "phoenix" or not ratios else f"{spread(ratios)} x")
+            rows.append((scenario.title, title_of(subject), *cells))
+    columns = ("scenario", "server", "requests/s", "p50 ms", "p99 ms", "CPU µs/request", "Phoenix is")
+    return Table("Throughput and latency: median (lowest to highest of the rounds)", columns, rows)
+
+
+def _other(outcome: Outcome) -> Table:
+    rows = []
+    for scenario in SCENARIOS:
+        for subject, rounds in outcome.rounds.get(scenario.key, {}).items():
+            if "rps" in rounds[0]:
+                continue
+            figures = {UNITS[name]: spread(outcome.values(scenario.key, subject, name)) for name in rounds[0]}
+            text = "; ".join(f"{unit} {values}" for unit, values in figures.items())
+            rows.append((scenario.title, title_of(subject), text))
+    return Table("Start, memory, storms and refusals", ("scenario", "server", "figures"), rows)
+
+
+def _targets(outcome: Outcome) -> Table:
+    rows = []
+    for target in TARGETS:
+        values = outcome.of_target(target)
+        if values:
+            verdict = "met" if target.is_met(median(values)) else "MISSED"
+            rows.append((_words(target), spread(values), verdict))
+    return Table("Targets", ("target", "measured", "verdict"), rows)
+
+
+def _words(target: Target) -> str:
+    title = next(scenario.title for scenario in SCENARIOS if scenario.key == target.scenario)
+    bound = f">= {number(target.at_least)}" if target.at_least is not None else f"<= {number(target.at_most or 0)}"
+    over = f" x {title_of(target.over)}" if target.over else ""
+    return f"{title}: {UNITS[target.figure]} {bound}{over}"
+
+
+def title_of(subject: str) -> str:
+    """Return a subject's name for people."""
+    name, _, rows = subject.partition("@")
+    return f"{TITLES[name]}, batch {rows}" if rows else TITLES[name]
+
+
+def spread(values: list[float]) -> str:
+    """Return the median with the range behind it."""
+    if not values:
+        return ""
+    if len(values) == 1:
+        return number(values[0])
+    return f"{number(median(values))} ({number(min(values))} to {number(max(values))})"
+
+
+def number(value: float) -> str:
+    """Return three significant digits, or all of a whole number."""
+    if value >= 1000:
+        return f"{value:,.0f}"
+    return f"{value:.3g}" if value < 100 else f"{value:.0f}"
+
+
+def quietness(outcome: Outcome) -> str:
+    """Say how steady the machine was: the spread of the same work in process before every round."""
+    if not outcome.quiet_rps:
+        return "the machine's steadiness was not measured"
+    low, high = min(outcome.quiet_rps), max(outcome.quiet_rps)
+    text = f"iris in process ran at {low:,.0f} to {high:,.0f} rows/s over the run (lowest/highest {low / high:.2f})"
+    return text if low / high >= 0.85 else f"{text}: the machine is noisy, trust the ratios only"
+
+
+def machine() -> dict[str, Any]:
+    """Return what the figures depend on, without the machine's name."""
+    info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    found = re.search(r"^model name\s*: (.*)$", info, re.MULTILINE)
+    return {
+        "cpu": found[1].strip() if found else platform.machine(),
+        "cores": len(os.sched_getaffinity(0)),
+        "kernel": platform.release(),
+        "python": platform.python_version(),
+        "load_generators": generators(),
+    }
+
+
+def versions(root: Path) -> dict[str, str]:
+    """Return the versions of what takes part."""
+    found = {}
+    for package in _PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    found["phoenix commit"] = _git(root, "rev-parse", "--short", "HEAD") or "none"
+    if _git(root, "status", "--porcelain", "--", "inference_server", "crds"):
+        found["phoenix commit"] += " with changes"
+    return found
+
+
+def _git(root: Path, *arguments: str) -> str:
+    done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, check=False, timeout=30)
+    return done.stdout.strip() if done.returncode == 0 else ""
+
+
+def write(
+    outcome: Outcome, folder: Path, *, root: Path, options: dict[str, Any], about: dict[str, Any] | None = None
+) -> Path:
+    """Write `<date>-<machine>.json` and `latest.md`; return the former."""
+    folder.mkdir(parents=True, exist_ok=True)
+    on, of, date = machine(), {**versions(root), **(about or {})}, datetime.datetime.now(datetime.UTC)
+    slug = re.sub(r"[^a-z0-9]+", "-", f"{on['cpu']} {on['cores']} cores".lower()).strip("-")
+    document = {
+        "date": date.isoformat(timespec="seconds"),
+        "machine": on,
+        "versions": of,
+        "options": options,
+        "quiet_iris_in_process_rps": outcome.quiet_rps,
+        "notes": outcome.notes,
+        "rounds": outcome.rounds,
+        "ratios": {
+            f"{scenario}: phoenix / {subject}": ratios
+            for scenario, subjects in outcome.rounds.items()
+            for subject in subjects
+            if subject != "phoenix" and (ratios := outcome.ratios(scenario, "phoenix", subject))
+        },
+        "targets": [
+            {"target": _words(target), "measured": median(values), "is_met": target.is_met(median(values))}
+            for target in TARGETS
+            if (values := outcome.of_target(target))
+        ],
+    }
+    file = folder / f"{date:%Y-%m-%d}-{slug}.json"
+    file.write_text(json.dumps(document, indent=1) + "\n")
+    lines = [
+        "# Benchmark results", "",
+        f"{date:%Y-%m-%d}, {on['cpu']}, {on['cores']} cores, Linux {on['kernel']}, Python {on['python']}; "
+        f"{options['rounds']} rounds of {options['seconds']:g} s; server on one core, load on another.", "",
+        f"{quietness(outcome).capitalize()}.", "",
+        "Versions: " + ", ".join(f"{name} {version}" for name, version in of.items()) + ".", "",
+    ]  # fmt: skip
+    for table in tables(outcome):
+        if table.rows:
+            lines += [f"## {table.title}", "", _markdown(table.columns), _markdown(["---"] * len(table.columns))]
+            lines += [*map(_markdown, table.rows), ""]
+    lines += [*(f"* {note}" for note in outcome.notes), "Made by `make bench`; see `benchmarks/README.md`."]
+    (folder / "latest.md").write_text("\n".join(lines) + "\n")
+    return file
+
+
+def _markdown(cells: tuple[str, ...] | list[str]) -> str:
+    return f"| {' | '.join(cells)} |"
