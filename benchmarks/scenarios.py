@@ -129,10 +129,10 @@ def refuse(bench: Bench, subject: str, workload: Workload) -> Figures:
         raise BenchError(f"too large a body was not refused: {faults or 'too slow'}")
     return {
         "refused_ms": max(times_s) * 1e3,
-        "before_p99_ms": before.p99_ms,
-        "p50_ms": during.p50_ms,
-        "p99_ms": during.p99_ms,
         "before_p50_ms": before.p50_ms,
+        "during_p50_ms": during.p50_ms,
+        "before_p99_ms": before.p99_ms,
+        "during_p99_ms": during.p99_ms,
     }
 
 

@@ -29,7 +29,7 @@ import shutil
 import time
 from base64 import b64encode
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from http import HTTPStatus
 from pathlib import Path
@@ -58,6 +58,7 @@ _SECRET_KEYS = {
 # What an obstore error means, in words; the first that matches its text.
 _CAUSES = (
     (r"(?i)redirect without location", "the bucket is in another region; set AWS_REGION"),
+    (r"MissingAccount", "the credentials name no storage account"),
     (r"dns error", "its host name does not resolve"),
     (r"ConnectionRefused", "connection refused"),
     (r"NetworkUnreachable|HostUnreachable", "its host cannot be reached"),
@@ -329,8 +330,8 @@ class _Remote:
     source: str
     label: str
     scheme: str
-    secrets: tuple[str, ...]
-    at: "Callable[[str], tuple[ObjectStore, str]]"
+    secrets: tuple[str, ...] = field(repr=False)
+    at: "Callable[[str], tuple[ObjectStore, str]]" = field(repr=False)
 
     @classmethod
     def of(cls, uri: str, credentials: Mapping[str, str], options: "tuple[ClientConfig, RetryConfig]") -> "_Remote":

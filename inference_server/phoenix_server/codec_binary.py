@@ -36,7 +36,7 @@ def decode(document: Mapping[str, Any], blobs: memoryview, model_name: str) -> t
     """Return the request of a parsed JSON header and the bytes behind it."""
     taken = 0
 
-    def blob(name: str, size: Any) -> memoryview:
+    def blob(name: str, size: Any, dtype: DType, shape: tuple[int, ...]) -> Array:
         nonlocal taken
         if type(size) is not int or size < 0:
             raise invalid(f"input '{name}': 'binary_data_size' must be an integer of at least 0, got {size!r}")
@@ -47,7 +47,7 @@ def decode(document: Mapping[str, Any], blobs: memoryview, model_name: str) -> t
                 f"for model '{model_name}'"
             )
         taken += size
-        return data
+        return array_from(data, dtype, shape, f"input '{name}'")
 
     request, forms = codec_json.decode(document, blob)
     if taken != len(blobs):

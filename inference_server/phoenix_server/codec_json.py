@@ -24,7 +24,8 @@ _MAX_TIMEOUT_US = 2**63 - 1
 _SMALL = 256
 _zeros = {dtype.numpy: np.zeros(_SMALL, dtype.numpy) for dtype in DType if dtype.kind == "f"}
 
-Blob = Callable[[str, Any], memoryview]
+# (name, size, datatype, shape) -> the tensor that lies behind the JSON
+Blob = Callable[[str, Any, DType, tuple[int, ...]], Array]
 
 
 @dataclass(slots=True)
@@ -71,7 +72,7 @@ def parse_big(body: bytes | memoryview) -> Mapping[str, Any]:
 
 
 def decode(document: Mapping[str, Any], blob: Blob | None = None) -> tuple[InferRequest, OutputForms]:
-    """Turn a parsed document into a request; `blob(name, size)` gives the bytes of an input that is not in the JSON.
+    """Turn a parsed document into a request; `blob` gives an input that is not in the JSON itself.
 
     Raises `PhoenixError(INVALID)` that lists every fault.
     """
@@ -275,9 +276,7 @@ def _decode_input(item: Any, index: int, blob: Blob | None) -> tuple[str, Array]
         raise invalid(f"{where}: has both 'data' and 'binary_data_size'; give one")
     if blob is None:
         raise invalid(f"{where}: 'binary_data_size' needs the header Inference-Header-Content-Length")
-    from phoenix_server.codec_binary import array_from
-
-    return name, array_from(blob(name, size), dtype, shape, where)
+    return name, blob(name, size, dtype, shape)
 
 
 def shape_of(shape: Any, where: str) -> tuple[int, ...]:

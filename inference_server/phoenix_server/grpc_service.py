@@ -61,9 +61,10 @@ _TRANSPORT_SLACK_BYTES = 4 << 20
 _MAX_STATUS_BYTES = 4096
 # Requests of one stream that are answered at the same time; beyond, the stream is not read.
 _STREAM_WINDOW = 64
-# Longest time to wait at the end until clients have taken their answers, and the time for what cannot be counted.
+# Longest time to wait at the end until the last answers are sent, and then for clients to read them: a connection that
+# is closed while its client still acknowledges is reset, and what the client had not read is gone.
 _FLUSH_S = 5.0
-_SETTLE_S = 0.05
+_SETTLE_S = 0.2
 # How soon a health watcher learns of a change.
 _WATCH_INTERVAL_S = 0.1
 _HEALTH = health_pb2.HealthCheckResponse
@@ -162,7 +163,7 @@ class _FlushingFront:
         give_up_s = min(self._deadline_s, time.monotonic() + _FLUSH_S)
         while self._unsent() and time.monotonic() < give_up_s:
             time.sleep(0.005)
-        time.sleep(_SETTLE_S)  # streams that grpcio serves behind the front are not counted
+        time.sleep(_SETTLE_S)  # also for the streams that grpcio serves behind the front, which are not counted
         self._front.close()
 
     def _unsent(self) -> int:

@@ -39,7 +39,7 @@ def configure(level: str) -> None:
     handler.setFormatter(formatter)
     logging.basicConfig(level=LEVELS[level], handlers=[handler], force=True)
     logging.captureWarnings(True)
-    for noisy in ("asyncio", "watchfiles", "urllib3"):
+    for noisy in ("asyncio", "urllib3"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     with contextlib.suppress(AttributeError, io.UnsupportedOperation):
         sys.stderr.reconfigure(line_buffering=True)  # type: ignore[union-attr]

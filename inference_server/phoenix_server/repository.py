@@ -28,6 +28,7 @@ from phoenix_server.tensors import Signature
 _log = logging.getLogger(__name__)
 # Traffic-free time after which the capacity measurement may (re)start.
 _QUIET_S = 0.3
+_WATCH_S = 1.0
 _Key = tuple[str, str]
 
 
@@ -249,15 +250,20 @@ class Repository:
             self._metrics.forget(*key)
 
     async def watch(self, paths: list[Path]) -> None:
-        """Reload whenever a manifest or a local model file changes; runs until cancelled."""
-        from watchfiles import awatch  # its threads are only needed once something is served
+        """Reload whenever a manifest, or a file beside one, changes; runs until cancelled.
 
-        folders = {path if path.is_dir() else path.parent for path in paths}
-        folders |= {model.artifact.path.parent for model in self.served()}
-        # Symbolic links of a ConfigMap mount are swapped as a whole; the folder sees it.
-        async for changes in awatch(*folders, recursive=True, debounce=400, step=50):
-            _log.info("files changed; reading manifests again", extra={"files": sorted({c[1] for c in changes})[:5]})
-            await self.reload(paths)
+        Looks once a second instead of asking the kernel: that works on every file system, and for the symbolic links of
+        a ConfigMap mount, and costs microseconds.
+        """
+        seen: dict[Path, tuple[int, int, int]] | None = None
+        while True:
+            files = {slot.manifest.file for slot in self._slots.values()}
+            files |= {file for model in self.served() for file in model.artifact.files}
+            found = await asyncio.to_thread(_fingerprint, paths, files)
+            if found != seen:
+                await self.reload(paths)  # the first time too: something may have changed during the start
+                seen = found
+            await asyncio.sleep(_WATCH_S)
 
     async def close(self) -> None:
         """Finish what is in flight, then free every model."""
@@ -429,3 +435,19 @@ def _stamps(artifact: Artifact) -> tuple[tuple[int, int], ...]:
             stat = file.stat()
             stamps.append((stat.st_mtime_ns, stat.st_size))
     return tuple(stamps)
+
+
+def _fingerprint(paths: Iterable[Path], files: Iterable[Path]) -> dict[Path, tuple[int, int, int]]:
+    """Return what changes when a manifest under `paths`, or a file in the folder of one of `files`, does."""
+    candidates: set[Path] = set()
+    for path in paths:
+        candidates.update(path.rglob("*.*") if path.is_dir() else [path])
+    for folder in {file.parent for file in files}:
+        with contextlib.suppress(OSError):
+            candidates.update(folder.iterdir())
+    stamps = {}
+    for file in candidates:
+        with contextlib.suppress(OSError):
+            stat = file.stat()
+            stamps[file] = (stat.st_ino, stat.st_mtime_ns, stat.st_size)
+    return stamps

@@ -8,6 +8,7 @@ writes them), and nobody else should use it meanwhile: some rules count requests
 `oip-version` and `oip-slow` and load them again.
 """
 
+import contextlib
 import dataclasses
 import sys
 from collections import Counter
@@ -18,14 +19,13 @@ from typing import Any
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for `conformance` and `phoenix_process`
-pytest.register_assert_rewrite("conformance", "phoenix_process")
+if "conformance" not in sys.modules:  # tests/clients imports it too
+    pytest.register_assert_rewrite("conformance", "phoenix_process")
 
-from conformance import models  # noqa: E402
-from conformance.table import Transport  # noqa: E402
-from conformance.wire import Client  # noqa: E402
-from conformance.wire_grpc import GrpcClient  # noqa: E402
-from conformance.wire_rest import RestClient  # noqa: E402
-from phoenix_process import start  # noqa: E402
+from conformance import models
+from conformance.wire_grpc import GrpcClient
+from conformance.wire_rest import RestClient
+from phoenix_process import start
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -42,12 +42,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Judged:
-    """The server under judgement; `folder` holds its models if it was started here."""
+    """The server under judgement, and what its clients have in common."""
 
     rest_url: str
     grpc_target: str | None
-    folder: Path | None
-    missing: frozenset[str]
+    shared: dict[str, Any]
 
 
 @pytest.fixture(scope="session")
@@ -57,31 +56,51 @@ def profile(pytestconfig: pytest.Config) -> str:
 
 
 @pytest.fixture(scope="session")
-def judged(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Judged]:
+def judged(pytestconfig: pytest.Config, profile: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Judged]:
     """The server: named on the command line, or started here on free ports with the conformance models."""
     url = pytestconfig.getoption("--url", None)
     if url:
-        yield Judged(url.rstrip("/"), pytestconfig.getoption("--grpc", None), None, _missing(url))
+        url = url.rstrip("/")
+        shared = {"is_strict": profile == "phoenix", "missing": _missing(url)}
+        yield Judged(url, pytestconfig.getoption("--grpc", None), shared)
         return
-    folder = tmp_path_factory.mktemp("conformance-models")
-    models.write(folder)
-    # Rules damage files and mend them: what is served shall change only when a rule asks for it.
-    settings = {"PHOENIX_WATCH": "false", "PHOENIX_MEASURE_CAPACITY": "false"}
-    with start([folder], settings) as running:
-        yield Judged(running.rest_url, running.grpc_target, folder, frozenset())
+    with _started(tmp_path_factory.mktemp("conformance-models"), "auto") as server:
+        yield server
 
 
 @pytest.fixture(scope="session")
-def clients(judged: Judged, profile: str) -> Iterator[dict[Transport, Client]]:
-    """A client for each transport that there is an address for."""
-    shared = {"is_strict": profile == "phoenix", "folder": judged.folder, "missing": judged.missing}
-    found: dict[Transport, Client] = {"rest": RestClient(**shared, url=judged.rest_url)}
-    if judged.grpc_target:
-        grpc_client = GrpcClient(**shared, target=judged.grpc_target)
-        found["grpc"] = grpc_client
-    yield found
-    if judged.grpc_target:
-        grpc_client.close()
+def rest_client(judged: Judged) -> RestClient:
+    """The server over REST."""
+    return RestClient(url=judged.rest_url, **judged.shared)
+
+
+@pytest.fixture(scope="session")
+def grpc_client(judged: Judged) -> Iterator[GrpcClient]:
+    """The server over gRPC."""
+    if not judged.grpc_target:
+        pytest.skip("no gRPC address was given (--grpc host:port)")
+    client = GrpcClient(target=judged.grpc_target, **judged.shared)
+    yield client
+    client.close()
+
+
+@pytest.fixture(scope="session")
+def grpcio_client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[GrpcClient]:
+    """A second server, started here, whose gRPC engine is grpcio (the first has the one that is chosen by itself)."""
+    with _started(tmp_path_factory.mktemp("conformance-models"), "grpcio") as server:
+        assert server.grpc_target is not None
+        client = GrpcClient(target=server.grpc_target, **server.shared)
+        yield client
+        client.close()
+
+
+@contextlib.contextmanager
+def _started(folder: Path, grpc_engine: str) -> Iterator[Judged]:
+    models.write(folder)
+    # Rules damage files and mend them: what is served shall change only when a rule asks for it.
+    settings = {"PHOENIX_WATCH": "false", "PHOENIX_MEASURE_CAPACITY": "false", "PHOENIX_GRPC_ENGINE": grpc_engine}
+    with start([folder], settings) as running:
+        yield Judged(running.rest_url, running.grpc_target, {"folder": folder})
 
 
 def _missing(url: str) -> frozenset[str]:

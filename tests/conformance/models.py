@@ -222,7 +222,7 @@ IDLE = Model(  # never asked to infer
     [Tensor("y", "FP32", ["rows"])],
     [helper.make_node("Neg", ["x"], ["y"])],
 )
-SLOW = loop(turns=150_000)
+SLOW = loop(turns=100_000)
 
 MODELS = (
     *(identity(datatype) for datatype in ONNX_TYPES),

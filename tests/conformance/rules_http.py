@@ -118,6 +118,13 @@ def unsupported(server: RestClient) -> None:
         assert {item.strip() for item in reply.headers["accept-encoding"].split(",")} == {"gzip", "deflate"}
 
 
+@rule("compression.gzip-members", "RFC 1952, GZIP, section 2.2", on=REST)
+def gzip_members(server: RestClient) -> None:
+    """A gzip body of several members, as parallel compressors write it, is read whole."""
+    body = b"".join(gzip.compress(_JSON[index : index + 20]) for index in range(0, len(_JSON), 20))
+    assert data_of(_send(server, body, content_encoding="gzip").document, "doubled") == [3.0, -5.0]
+
+
 @rule("compression.bomb", PHOENIX, on=REST, profile="phoenix", each=CODINGS)
 def bomb(server: RestClient, coding: str) -> None:
     """A small body in {each} that grows beyond the model's limit is refused with 413."""
@@ -171,6 +178,23 @@ def unknown_route(server: RestClient) -> None:
     for path in ("/v3", "/v2/model/oip-many", "/v2/models/oip-many/infers", "/v2/models//ready", "/v2/health"):
         with server.refused("not-found"):
             server.get(path)
+
+
+@rule("error.trailing-slash", PHOENIX, on=REST, profile="phoenix")
+def trailing_slash(server: RestClient) -> None:
+    """A path with a slash too many is an unknown route, not a redirection, which stock clients take for an error."""
+    for method, path in (("GET", "/v2/"), ("GET", "/v2/health/live/"), ("POST", f"{server.infer_path('oip-many')}/")):
+        with server.refused("not-found"):
+            server.http(method, path).accepted()
+
+
+@rule("error.head", f"{HTTP}, section 9.1", on=REST, profile="phoenix")
+def head(server: RestClient) -> None:
+    """HEAD is answered wherever GET is, with the same headers and without a body."""
+    for path in ("/v2", "/v2/health/live", "/v2/health/ready", "/v2/models/oip-many/ready"):
+        got, reply = server.http("GET", path), server.http("HEAD", path)
+        assert (reply.status, reply.body) == (200, b"")
+        assert reply.headers["content-length"] == got.headers["content-length"]
 
 
 @rule("error.wrong-method", HTTP, on=REST, profile="phoenix")
@@ -239,8 +263,16 @@ def chunked_body_too_large(server: RestClient) -> None:
 @rule("error.small-body-too-large", PHOENIX, on=REST, profile="phoenix")
 def small_body_too_large(server: RestClient) -> None:
     """The bodies of everything that is not an inference have a limit too."""
+    head = f"POST /v2/repository/index HTTP/1.1\r\nHost: conformance\r\nContent-Length: {1 << 40}\r\n\r\n"
     with server.refused("too-large"):
-        server.http("POST", "/v2/repository/index", b" " * (2 << 20)).accepted()
+        server.bytes_on_a_socket(head.encode()).accepted()
+
+
+@rule("error.refusal-reaches-the-sender", f"{HTTP_1_1}, section 9.6", on=REST, profile="phoenix")
+def refusal_reaches_the_sender(server: RestClient) -> None:
+    """A client that sends its whole body before it reads still gets the 413, not a reset connection."""
+    with server.refused("too-large"):
+        server.http("POST", server.infer_path("oip-limited"), b" " * (8 << 20)).accepted()
 
 
 @rule("error.after-a-refusal", HTTP_1_1, on=REST)

@@ -322,6 +322,18 @@ def utf_8(server: Client) -> None:
     assert data_of(server.infer("oip-text", tensor("x", "BYTES", [6], texts)), "y") == texts
 
 
+@rule("infer.shared-memory", PHOENIX, profile="phoenix")
+def shared_memory(server: Client) -> None:
+    """A tensor that names a shared memory region is refused, as input and as output: nobody would read or write it."""
+    region = {"parameters": {"shared_memory_region": "r", "shared_memory_byte_size": 8}}
+    with server.refused("invalid") as refused:
+        server.infer("oip-many", MANY, outputs=[{"name": "doubled", **region}])
+    assert "shared_memory_region" in refused.message
+    with server.refused("invalid") as refused:
+        server.infer("oip-many", {**MANY, **region})
+    assert "shared_memory_region" in refused.message
+
+
 @rule("infer.classification", PHOENIX, profile="phoenix")
 def classification(server: Client) -> None:
     """A parameter that asks for an extension that is not served is refused, since to ignore it gives a wrong answer."""

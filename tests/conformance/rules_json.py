@@ -303,6 +303,19 @@ def parameters_not_object(server: RestClient) -> None:
             server.infer("oip-many", item, parameters=parameters)
 
 
+@rule("json.null-members", PHOENIX, on=REST, profile="phoenix")
+def null_members(server: RestClient) -> None:
+    """null for what may be left out means that it is left out: clients that serialise whole objects send it."""
+    item = {**tensor("x", "FP32", [1, 2], [1.0, 2.0]), "parameters": None}
+    output_of = {"name": "doubled", "parameters": None}
+    for outputs in (None, [output_of]):
+        answer = server.infer("oip-many", item, id=None, parameters=None, outputs=outputs)
+        assert data_of(answer, "doubled") == [2.0, 4.0]
+    nothing = {"content_type": "np", "headers": None, "binary_data_output": None}
+    answer = server.infer("oip-many", {**item, "parameters": nothing}, parameters=nothing)
+    assert data_of(answer, "doubled") == [2.0, 4.0]
+
+
 @rule("json.id-not-string", f"{OIP_REST}, Inference Request JSON", on=REST)
 def id_not_string(server: RestClient) -> None:
     """An id that is not a string is refused."""

@@ -129,6 +129,19 @@ def named(server: RestClient) -> None:
         assert loaded.document == {"name": "oip-spare", "load": True}
 
 
+@rule("repository.parameters-not-object", REPOSITORY, on=REST)
+def parameters_not_object(server: RestClient) -> None:
+    """Parameters of a load or unload that are no object are refused; null means none."""
+    path = f"/v2/repository/models/{server.served('oip-spare')}"
+    try:
+        for operation in ("unload", "load"):
+            for parameters in (7, "fast", [1], True):
+                with server.refused("invalid"):
+                    server.post(f"{path}/{operation}", {"parameters": parameters})
+    finally:
+        server.post(f"{path}/load", {"parameters": None})
+
+
 @rule("repository.malformed", REPOSITORY, on=REST)
 def malformed(server: RestClient) -> None:
     """A body that is not a JSON object is refused."""

@@ -1,6 +1,6 @@
 """The statistics extension. Every rule compares two moments, so that the server's past does not matter."""
 
-from conformance.table import KSERVE, PHOENIX, REST, STATISTICS, rule
+from conformance.table import PHOENIX, REST, STATISTICS, rule
 from conformance.wire import Client, Document, floats, tensor
 from conformance.wire_rest import RestClient
 
@@ -159,7 +159,7 @@ def unbatched(server: Client) -> None:
     assert after["execution_count"] - before["execution_count"] == 1
 
 
-@rule("statistics.metrics", KSERVE, on=REST, profile="phoenix")
+@rule("statistics.metrics", PHOENIX, on=REST, profile="phoenix")
 def metrics(server: RestClient) -> None:
     """GET /metrics is Prometheus text and counts the same requests."""
 

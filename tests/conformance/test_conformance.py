@@ -1,27 +1,40 @@
 """Runs the conformance table (`table.py`, `rules_*.py`), one test for each rule and transport."""
 
+from collections.abc import Callable
+
 import pytest
-from conformance.table import Rule, Transport, rules
+from conformance.table import Rule, rules
 from conformance.wire import Client
 
-CHECKS = [pytest.param(line, over, id=f"{line.id}[{over}]") for line in rules() for over in line.transports]
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """A Phoenix that is started here is judged over both of its gRPC engines."""
+    if "line" not in metafunc.fixturenames:
+        return
+    engines = ["grpc"] if metafunc.config.getoption("--url", None) else ["grpc", "grpcio"]
+    metafunc.parametrize(
+        ("line", "over"),
+        [
+            pytest.param(line, over, id=f"{line.id}[{over}]")
+            for line in rules()
+            for transport in line.transports
+            for over in (engines if transport == "grpc" else [transport])
+        ],
+    )
 
 
-@pytest.mark.parametrize(("line", "over"), CHECKS)
 def test_rule(
     line: Rule,
-    over: Transport,
-    clients: dict[Transport, Client],
+    over: str,
     profile: str,
-    record_property: pytest.FixtureRequest,
+    request: pytest.FixtureRequest,
+    record_property: Callable[[str, object], None],
 ) -> None:
-    for name, value in (("rule", line.id), ("group", line.group), ("transport", over), ("profile", line.profile)):
-        record_property(name, value)  # type: ignore[operator]
+    for name, value in (("rule", line.id), ("group", line.group), ("transport", over)):
+        record_property(name, value)
     if profile == "oip" and line.profile == "phoenix":
         pytest.skip("a decision of Phoenix's own, beyond the protocol (--profile oip)")
-    if over not in clients:
-        pytest.skip("no gRPC address was given (--grpc host:port)")
-    server = clients[over]
+    server: Client = request.getfixturevalue(f"{over}_client")
     if line.needs_folder and server.folder is None:
         pytest.skip("damages a model's file, which only a server started here allows")
     line.check(server)

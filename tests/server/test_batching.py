@@ -234,9 +234,7 @@ def test_poisoned_row_fails_alone() -> None:
     async def main() -> None:
         runner = FakeRunner()
         batcher = new_batcher(runner)
-        answers = await asyncio.gather(
-            *(submit(batcher, value) for value in (1, POISON, 3)), return_exceptions=True
-        )
+        answers = await asyncio.gather(*(submit(batcher, value) for value in (1, POISON, 3)), return_exceptions=True)
         assert isinstance(answers[1], PhoenixError)
         assert [float(answers[i][0][0, 0]) for i in (0, 2)] == [2, 6]  # type: ignore[index]
         assert runner.runs == [[1, POISON, 3], [1], [POISON], [3]]

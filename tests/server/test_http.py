@@ -8,9 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 import phoenix_process
+import pytest
 from phoenix_process import Running, wait_until
 
 IRIS = Path(__file__).parents[2] / "examples" / "iris"
@@ -24,7 +23,11 @@ def infer_request(body: bytes = BODY, *headers: bytes, path: bytes = b"/v2/model
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Running]:
-    env = {"PHOENIX_HEADER_TIMEOUT_SECONDS": "1", "PHOENIX_BODY_TIMEOUT_SECONDS": "1", "PHOENIX_KEEP_ALIVE_SECONDS": "2"}
+    env = {
+        "PHOENIX_HEADER_TIMEOUT_SECONDS": "1",
+        "PHOENIX_BODY_TIMEOUT_SECONDS": "1",
+        "PHOENIX_KEEP_ALIVE_SECONDS": "2",
+    }
     with phoenix_process.start([IRIS], env) as running:
         yield running
 

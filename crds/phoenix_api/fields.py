@@ -1,0 +1,86 @@
+"""The vocabulary that `types` and `status` are written in: the base class of API objects and bounded field types.
+
+It hides three habits of the Kubernetes API: camelCase names, null meaning absent, and cross-field rules that live
+beside the schema (`rules`). Nothing outside this package imports it.
+"""
+
+from typing import Annotated, Any, Self
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    Strict,
+    StringConstraints,
+    ValidationError,
+    WithJsonSchema,
+    model_validator,
+)
+from pydantic.alias_generators import to_camel
+from pydantic_core import InitErrorDetails, PydanticCustomError
+
+from phoenix_api.rules import rules_of
+
+
+class ApiObject(BaseModel):
+    """An immutable object of the API. Unknown fields are refused, unless the reader asks for lenience."""
+
+    model_config = ConfigDict(
+        alias_generator=to_camel,
+        validate_by_name=True,
+        validate_by_alias=True,
+        extra="forbid",
+        frozen=True,
+        defer_build=True,
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_absent(cls, data: Any) -> Any:
+        """Drop nulls, as kubectl and the API server do."""
+        return {key: value for key, value in data.items() if value is not None} if isinstance(data, dict) else data
+
+    @model_validator(mode="after")
+    def _obeys_its_rules(self) -> Self:
+        broken = [rule for rule in rules_of(type(self)) if not rule.holds(self)]
+        if broken:
+            details = [
+                InitErrorDetails(
+                    type=PydanticCustomError("rule", rule.message),
+                    loc=rule.location,
+                    input=rule.value_of(self),
+                )
+                for rule in broken
+            ]
+            raise ValidationError.from_exception_data(type(self).__name__, details)
+        return self
+
+
+def text(pattern: str, expects: str, *, max_length: int) -> Any:
+    """Annotation of a string that matches `pattern`; `expects` says in words what that is, for messages."""
+    # StringConstraints alone has no place for words, Field alone would lose them when the type is nested
+    return Field(pattern=pattern, max_length=max_length, json_schema_extra={"x-expects": expects})
+
+
+Flag = Annotated[bool, Strict()]
+Whole = Annotated[int, Strict()]
+Number = Annotated[float, Strict(), Field(allow_inf_nan=False)]
+FreeText = Annotated[str, StringConstraints(max_length=1024)]
+
+_LABEL = "[a-z0-9]([-a-z0-9]*[a-z0-9])?"
+DnsLabel = Annotated[str, text(f"^{_LABEL}$", "a DNS label (a-z, 0-9 and -)", max_length=63)]
+DnsName = Annotated[str, text(rf"^{_LABEL}(\.{_LABEL})*$", "a DNS name (a-z, 0-9, - and .)", max_length=253)]
+LabelValue = Annotated[
+    str, text("^([A-Za-z0-9]([-A-Za-z0-9_.]*[A-Za-z0-9])?)?$", "a Kubernetes label value", max_length=63)
+]
+# Kafka's own limit and characters; empty stands for the default topic.
+Topic = Annotated[
+    str, text("^([A-Za-z0-9_-][A-Za-z0-9._-]*)?$", "a Kafka topic name (A-Z, a-z, 0-9, ., _ and -)", max_length=249)
+]
+Labels = Annotated[dict[str, LabelValue], Field(max_length=64)]
+Passthrough = Annotated[
+    dict[str, Any],
+    Field(max_length=64),
+    WithJsonSchema({"type": "object", "maxProperties": 64, "x-kubernetes-preserve-unknown-fields": True}),
+]
+"""A Kubernetes object that is handed on as it is; the API server checks it when the operator applies it."""
