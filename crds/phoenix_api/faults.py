@@ -126,8 +126,9 @@ def expectation(node: dict[str, Any]) -> str:
             name = "an integer" if kind == "integer" else "a number"
             return name + _range(node.get("minimum"), node.get("maximum"), "")
         case "string":
-            name = str(node.get("x-expects", "a string"))
-            return name + _length(node.get("minLength"), node.get("maxLength"), " characters")
+            if "x-expects" in node:
+                return f"{node['x-expects']}, at most {node['maxLength']} characters"
+            return "a string" + _length(node.get("minLength"), node.get("maxLength"), " characters")
         case "array":
             return "a list" + _length(node.get("minItems"), node.get("maxItems"), " items")
         case "boolean":

@@ -31,8 +31,8 @@ spec:
 ```
 
 A field without a default is optional unless it says *required*. Unknown fields are refused by `kubectl` and by
-`phoenix-server check`; a running server ignores them, so that it survives a newer operator. Quantities are written as in
-Kubernetes: `64Mi`, `200m`, `1`.
+`phoenix-server check`; a running server ignores them, so that it survives a newer operator. Quantities are written as
+in Kubernetes: `64Mi`, `200m`, `1`. Rules are checked once the fields they compare are right by themselves.
 """
 
 
