@@ -84,7 +84,7 @@ class Process:
             self.started_s = time.perf_counter()
             self._popen = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
-                env={**os.environ, **(env or {})}, cwd=cwd, start_new_session=True,
+                env={**_surroundings(), **(env or {})}, cwd=cwd, start_new_session=True,
             )  # fmt: skip
 
     @property
@@ -145,6 +145,12 @@ class Process:
 
     def _last_words(self) -> str:
         return "\n".join(self.output.splitlines()[-15:])
+
+
+def _surroundings() -> dict[str, str]:
+    """Return the environment without settings of Phoenix, which would change what is measured."""
+    own = ("PHOENIX_", "DATABASE_URL", "SERVICE_BINDING_ROOT", "OTEL_")
+    return {name: value for name, value in os.environ.items() if not name.startswith(own)}
 
 
 def _cpu_ticks(pid: int) -> tuple[int, int]:

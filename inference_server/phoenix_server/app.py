@@ -30,6 +30,8 @@ from phoenix_server.settings import Settings, load_settings
 from phoenix_server.tracing import tracer_from_environment
 
 _log = logging.getLogger(__name__)
+# The gRPC transport's limit cannot grow while it serves; this leaves room for models that are loaded later.
+_LEAST_MESSAGE_BYTES = 64 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,9 +70,11 @@ async def running(settings: Settings, manifests: Iterable[Manifest], paths: list
         http.start()
         stack.push_async_callback(http.stop, settings.shutdown_seconds)
 
-        from phoenix_server.grpc_service import GrpcServer
+        from phoenix_server.grpc_server import GrpcServer
 
-        grpc = GrpcServer(plane, settings, keys, log_settings)
+        manifests = list(manifests)
+        limits = [int(manifest.model.spec.limits.max_request_bytes.value) for manifest in manifests]
+        grpc = GrpcServer(plane, settings, keys, log_settings, max_message_bytes=max([_LEAST_MESSAGE_BYTES, *limits]))
         grpc_port = await grpc.start()
         stack.push_async_callback(grpc.stop, settings.shutdown_seconds)
 

@@ -78,6 +78,11 @@ class Batcher:
         self._drop_abandoned()
         return self.queued_rows >= self._max_queued_rows
 
+    def waiting_rows(self) -> int:
+        """Return the rows that somebody still waits for; exact, and slower than `queued_rows`."""
+        self._drop_abandoned()
+        return self.queued_rows
+
     def overloaded(self) -> PhoenixError:
         """Return the refusal for a full queue."""
         return PhoenixError(

@@ -84,6 +84,11 @@ class DataPlane:
         self._id_prefix = os.urandom(6).hex()
         self._id_count = itertools.count(1)
 
+    @property
+    def is_traced(self) -> bool:
+        """Whether `finished` has a use for the caller's trace context."""
+        return self._is_access_logged or self._tracer is not None
+
     def admit(self, name: str, version: str = "") -> ServedModel:
         """Return the model that a request names, before anything of the request is decoded.
 
@@ -266,7 +271,7 @@ class DataPlane:
         """
         outcome = Outcome.OK if error is None else error.outcome
         model.metrics.observe_request(outcome, transport, seconds, sizes)
-        if self._is_access_logged or self._tracer is not None:
+        if self.is_traced:
             fields = {"model": model.name, "version": model.version, "request_id": request_id, "outcome": outcome.value,
                       "protocol": transport, "rows": sizes[0]}  # fmt: skip
             if self._is_access_logged:

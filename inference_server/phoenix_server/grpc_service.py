@@ -1,15 +1,13 @@
-"""Serves the Open Inference Protocol over gRPC: `app` starts a `GrpcServer` and stops it; nothing else imports gRPC.
+"""The handlers of the Open Inference Protocol over gRPC, of health and of reflection; `grpc_server` serves them.
 
-Hides the two engines under one servicer (pygrpc-native, and grpc.aio where that is missing), the translation of
-`PhoenixError` to gRPC statuses, deadlines and cancellation, the health service, reflection and the drain. Handlers get
-bytes and parse them themselves: a request that is no message is then INVALID_ARGUMENT under both engines.
+Hides the translation of `PhoenixError` to gRPC statuses, deadlines and cancellation, streams and the health watch.
+Handlers get bytes and parse them themselves: a request that is no message is then INVALID_ARGUMENT under both engines.
 """
 
 import asyncio
 import contextlib
 import functools
 import logging
-import socket
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, NoReturn
@@ -24,13 +22,10 @@ from phoenix_server._proto import inference as proto
 from phoenix_server.auth import ApiKeys
 from phoenix_server.codec_json import BIG_BODY_BYTES
 from phoenix_server.dataplane import DataPlane
-from phoenix_server.errors import Code, PhoenixError, Reason, StartError, invalid
+from phoenix_server.errors import Code, PhoenixError, invalid
 from phoenix_server.logs import LogSettings
-from phoenix_server.repository import ServedModel
-from phoenix_server.settings import Settings
 
 _log = logging.getLogger(__name__)
-_access_log = logging.getLogger("phoenix_server.access")
 
 GRPC_STATUS = {
     Code.INVALID: grpc.StatusCode.INVALID_ARGUMENT,
@@ -54,17 +49,10 @@ GRPC_STATUS = {
 SERVICE = "inference.GRPCInferenceService"
 HEALTH_SERVICE = "grpc.health.v1.Health"
 REFLECTION_SERVICE = "grpc.reflection.v1alpha.ServerReflection"
-DEFAULT_MAX_MESSAGE_BYTES = 256 << 20
-# Above a model's own limit, so that a message a little over it meets the error that names the limit.
-_TRANSPORT_SLACK_BYTES = 4 << 20
 # A status message is a header; clients refuse more than 8 KiB of them.
 _MAX_STATUS_BYTES = 4096
 # Requests of one stream that are answered at the same time; beyond, the stream is not read.
 _STREAM_WINDOW = 64
-# Longest time to wait at the end until the last answers are sent, and then for clients to read them: a connection that
-# is closed while its client still acknowledges is reset, and what the client had not read is gone.
-_FLUSH_S = 5.0
-_SETTLE_S = 0.2
 # How soon a health watcher learns of a change.
 _WATCH_INTERVAL_S = 0.1
 _HEALTH = health_pb2.HealthCheckResponse
@@ -73,129 +61,13 @@ Context = grpc.aio.ServicerContext[bytes, bytes]
 _Answer = Callable[[Any], Awaitable[Any]]
 
 
-class GrpcServer:
-    """The gRPC port of one data plane.
-
-    `max_message_bytes`: the largest `maxRequestBytes` of the manifests; a model's own limit is checked besides.
-    """
-
-    def __init__(
-        self,
-        plane: DataPlane,
-        settings: Settings,
-        keys: ApiKeys | None,
-        log_settings: LogSettings,
-        *,
-        max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES,
-    ) -> None:
-        self._settings = settings
-        self._servicer = _Servicer(plane, keys, log_settings, is_access_logged=settings.access_log)
-        self._max_message_bytes = max_message_bytes
-        self._server: Any = None
-
-    async def start(self) -> int:
-        """Listen and serve; return the port. Raises `StartError`: PORT_IN_USE, INVALID_SETTING."""
-        settings = self._settings
-        _check_free(settings.host, settings.grpc_port)
-        server = self._server = _new_server(
-            settings.grpc_engine,
-            [
-                ("grpc.max_receive_message_length", min(self._max_message_bytes + _TRANSPORT_SLACK_BYTES, 2**31 - 1)),
-                ("grpc.max_send_message_length", -1),
-                ("grpc.so_reuseport", 0),
-            ],
-        )
-        for service, handlers in self._servicer.handlers().items():
-            # Both, as generated code does: grpc.aio knows only the first, pygrpc-native serves natively the second.
-            server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, handlers),))
-            server.add_registered_method_handlers(service, handlers)
-        host = f"[{settings.host}]" if ":" in settings.host else settings.host
-        try:
-            port: int = server.add_insecure_port(f"{host}:{settings.grpc_port}")
-        except RuntimeError as error:
-            raise _port_in_use(settings.host, settings.grpc_port, str(error)) from error
-        await server.start()
-        return port
-
-    async def stop(self, grace_s: float) -> None:
-        """Refuse new calls, end idle streams, finish what is in flight for at most `grace_s` seconds, and close."""
-        self._servicer.begin_stop()
-        server = self._server
-        if server is not None:
-            if hasattr(server, "_front"):  # pygrpc-native
-                server._front = _FlushingFront(server._front, time.monotonic() + grace_s)
-            await server.stop(grace_s)
-
-
-def _new_server(engine: str, options: list[tuple[str, int]]) -> Any:
-    if engine in ("auto", "native"):
-        try:
-            import pygrpc_native.aio
-
-            server = pygrpc_native.aio.server(options=options)
-            server._front_args["metrics"] = True  # `_FlushingFront` counts with them
-            return server
-        except ImportError as error:
-            if engine == "native":
-                raise StartError(
-                    Reason.INVALID_SETTING,
-                    "PHOENIX_GRPC_ENGINE: 'native' needs the package pygrpc-native, which is not installed here; "
-                    "use 'auto' or 'grpcio'",
-                ) from error
-    return grpc.aio.server(options=options)
-
-
-class _FlushingFront:
-    """Stands in for pygrpc-native's front while it stops: `close` waits until answers have left.
-
-    The front of pygrpc-native 0.5 drops what it was given and has not sent: 33 to 39 of 40 answers of 100 kB, measured.
-    """
-
-    def __init__(self, front: Any, deadline_s: float) -> None:
-        self._front = front
-        self._deadline_s = deadline_s
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._front, name)
-
-    def close(self) -> None:
-        """Wait, but not beyond the deadline, then close. Blocks; the engine calls it in a thread."""
-        give_up_s = min(self._deadline_s, time.monotonic() + _FLUSH_S)
-        while self._unsent() and time.monotonic() < give_up_s:
-            time.sleep(0.005)
-        time.sleep(_SETTLE_S)  # also for the streams that grpcio serves behind the front, which are not counted
-        self._front.close()
-
-    def _unsent(self) -> int:
-        """Return the calls that have begun and whose last byte is not sent."""
-        methods = self._front.metrics()["methods"].values()
-        return sum(of["started"] - sum(ended["count"] for ended in of["status"].values()) for of in methods)
-
-
-def _check_free(host: str, port: int) -> None:
-    """Raise PORT_IN_USE with the system's own reason, which the engines do not give."""
-    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            raise _port_in_use(host, port, error.strerror or str(error)) from error
-
-
-def _port_in_use(host: str, port: int, cause: str) -> StartError:
-    return StartError(Reason.PORT_IN_USE, f"cannot listen on {host}:{port}: {cause}; set PHOENIX_GRPC_PORT")
-
-
-class _Servicer:
+class Servicer:
     """The handlers. Times are in seconds."""
 
-    def __init__(
-        self, plane: DataPlane, keys: ApiKeys | None, log_settings: LogSettings, *, is_access_logged: bool
-    ) -> None:
+    def __init__(self, plane: DataPlane, keys: ApiKeys | None, log_settings: LogSettings) -> None:
         self._plane = plane
         self._keys = keys
         self._log_settings = log_settings
-        self._is_access_logged = is_access_logged
         self._stopping = asyncio.Event()
         # Repository operations go on when their caller hangs up; the set keeps them alive.
         self._operations: set[asyncio.Future[None]] = set()
@@ -329,10 +201,15 @@ class _Servicer:
             raise failure from error
         finally:
             model.metrics.inflight -= 1
-            seconds = time.perf_counter() - started
-            self._plane.finished(model, "grpc", failure, seconds, (rows, len(payload), reply_bytes))
-            if self._is_access_logged:
-                _log_access(model, context, request_id, failure, seconds)
+            self._plane.finished(
+                model,
+                "grpc",
+                failure,
+                time.perf_counter() - started,
+                (rows, len(payload), reply_bytes),
+                request_id=request_id,
+                traceparent=_metadata(context).get("traceparent", "") if self._plane.is_traced else "",
+            )
 
     # --- everything else of the protocol -----------------------------------------------------------------------------
 
@@ -547,19 +424,3 @@ def _deadline() -> PhoenixError:
 
 def _shutting_down() -> PhoenixError:
     return PhoenixError(Code.UNAVAILABLE, "the server is shutting down", retry_after_s=1)
-
-
-def _log_access(
-    model: ServedModel, context: Context, request_id: str, failure: PhoenixError | None, seconds: float
-) -> None:
-    """Write the access line of one inference; a trace context that the caller sent is carried into it."""
-    fields: dict[str, Any] = {
-        "model": model.name,
-        "version": model.version,
-        "request_id": request_id,
-        "status": "OK" if failure is None else GRPC_STATUS[failure.code].name,
-        "seconds": round(seconds, 6),
-    }
-    if traceparent := _metadata(context).get("traceparent"):
-        fields["traceparent"] = traceparent
-    _access_log.info("request", extra=fields)

@@ -304,7 +304,7 @@ class Repository:
         runner = loaded.runner(asyncio.get_running_loop().call_soon_threadsafe)
         max_rows = spec.batching.max_rows if loaded.signature.is_batchable else 1
         batcher = _batcher(runner, metrics, manifest, max_rows)
-        metrics.queued_rows = lambda: batcher.queued_rows
+        metrics.queued_rows = batcher.waiting_rows
         return ServedModel(
             name=name, version=version, manifest=manifest, artifact=artifact, engine=loaded, runner=runner,
             batcher=batcher, metrics=metrics, signature=loaded.signature, max_batch_rows=max_rows,

@@ -1,6 +1,7 @@
 """One server for all stock clients: the examples iris, digits and text, and the conformance models."""
 
 import json
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -45,8 +46,6 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Running, 
 @pytest.fixture
 def run_script(server: tuple[Running, Path]) -> Callable[..., str]:
     """Run a script of `scripts/` against the server and return what it printed; fail if one of its checks failed."""
-    import subprocess
-
     _, setting = server
 
     def run(name: str, *arguments: str) -> str:

@@ -1,5 +1,7 @@
 """The conformance models against onnxruntime itself, without any server."""
 
+from pathlib import Path
+
 import numpy as np
 import onnxruntime
 import pytest
@@ -60,7 +62,7 @@ def test_signature_is_what_the_rules_expect(model: Model) -> None:
         assert shapes == [tensor.shape for tensor in tensors]
 
 
-def test_written_folder_has_a_manifest_for_each_model(tmp_path) -> None:
+def test_written_folder_has_a_manifest_for_each_model(tmp_path: Path) -> None:
     write(tmp_path)
     assert {file.stem for file in tmp_path.glob("*.yaml")} == {file.stem for file in tmp_path.glob("*.onnx")}
     assert len(list(tmp_path.glob("*.yaml"))) == len(MODELS)

@@ -114,7 +114,8 @@ def test_json_tensor_fault_is_named(tensor: dict[str, Any], message: str, big: b
 @pytest.mark.parametrize("number", ["18446744073709551616", "1e400", "-9223372036854775809"])
 def test_number_that_no_datatype_holds_is_refused(parse: Any, number: str) -> None:
     for datatype in ("UINT64", "INT64", "FP32"):
-        text = '{"inputs": [{"name": "x", "datatype": "%s", "shape": [2], "data": [1, %s]}]}' % (datatype, number)
+        tensor = f'{{"name": "x", "datatype": "{datatype}", "shape": [2], "data": [1, {number}]}}'
+        text = '{"inputs": [' + tensor + "]}"
         if datatype == "FP32" and "e" not in number:
             continue  # a float holds it, rounded
         with pytest.raises(PhoenixError):

@@ -29,7 +29,8 @@ from phoenix_server.auth import ApiKeys
 from phoenix_server.codec_binary import bytes_of
 from phoenix_server.dataplane import DataPlane
 from phoenix_server.errors import Code, Outcome, Reason, StartError
-from phoenix_server.grpc_service import GRPC_STATUS, SERVICE, GrpcServer
+from phoenix_server.grpc_server import GrpcServer
+from phoenix_server.grpc_service import GRPC_STATUS, SERVICE
 from phoenix_server.logs import LogSettings
 from phoenix_server.metrics import Metrics
 from phoenix_server.repository import Repository
@@ -772,10 +773,12 @@ def test_start_says_that_the_port_is_taken(serve: Serve) -> None:
     async def scenario(at: Running) -> None:
         settings = at.server._settings.model_copy(update={"grpc_port": at.port})
         with pytest.raises(StartError, match="PHOENIX_GRPC_PORT") as caught:
-            await GrpcServer(at.plane, settings, None, LogSettings()).start()
+            await GrpcServer(at.plane, settings, None, LogSettings(), max_message_bytes=1 << 20).start()
         assert caught.value.reason is Reason.PORT_IN_USE
         assert f"127.0.0.1:{at.port}: Address already in use" in caught.value.message
-        other = GrpcServer(at.plane, settings.model_copy(update={"grpc_port": 0}), None, LogSettings())
+        other = GrpcServer(
+            at.plane, settings.model_copy(update={"grpc_port": 0}), None, LogSettings(), max_message_bytes=1 << 20
+        )
         assert await other.start() not in (0, at.port)
         await other.stop(0)
 
@@ -791,7 +794,7 @@ def test_start_without_pygrpc_native_falls_back_or_says_so(monkeypatch: pytest.M
     plane = DataPlane(Repository(settings, metrics, ArtifactStore(model_store=Path(), cache_dir=Path())), metrics)
 
     async def scenario() -> None:
-        server = GrpcServer(plane, settings, None, LogSettings())
+        server = GrpcServer(plane, settings, None, LogSettings(), max_message_bytes=1 << 20)
         if wanted == "native":
             with pytest.raises(StartError, match="PHOENIX_GRPC_ENGINE") as caught:
                 await server.start()

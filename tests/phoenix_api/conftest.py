@@ -1,0 +1,6 @@
+"""Makes the table of specs importable: tests are no packages here."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
