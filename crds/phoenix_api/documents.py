@@ -90,19 +90,19 @@ def _parse_yaml(text: str, file: Path) -> tuple[list[Document], list[Fault]]:
         return [], [fault]
     documents: list[Document] = []
     faults: list[Fault] = []
-    number = 0
+    number = 1
     loader = None
     try:
         loader = _Loader(text)
         while loader.check_node():
-            number += 1
             node = loader.get_node()
             if problems := _Inspection(file, number).faults_of(node):
                 faults += problems
             elif (value := loader.construct_document(node)) is not None:
                 documents.append(Document(number, value, node))
+            number += 1
     except yaml.YAMLError as error:
-        faults.append(_syntax_fault(error, file, max(number, 1)))
+        faults.append(_syntax_fault(error, file, number))
     finally:
         if loader is not None:
             loader.dispose()

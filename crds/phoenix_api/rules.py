@@ -2,7 +2,8 @@
 
 `fields.ApiObject` enforces the predicates, `crd` writes the CEL into the CRD and `reference` lists both. A rule sits on
 the type whose fields it compares, so the place in the schema follows from the types. CEL stays cheap for the API
-server's cost estimate: it only walks lists, maps and strings that have a bound.
+server's cost estimate: it only walks lists, maps and strings that have a bound. The API server tries the rules of an
+object on its default `{}` before the fields' defaults are there, so they ask with `has()` first.
 """
 
 import re
@@ -71,7 +72,8 @@ def _positive(on: str, field: str, what: str) -> Rule:
         on,
         field,
         f"expected {what} above 0",
-        f"type(self.{field}) == int ? self.{field} > 0 : quantity(self.{field}).isGreaterThan(quantity('0'))",
+        f"!has(self.{field}) || (type(self.{field}) == int ? self.{field} > 0 "
+        f": quantity(self.{field}).isGreaterThan(quantity('0')))",
         lambda target: getattr(target, name).value > 0,
     )
 
@@ -169,8 +171,8 @@ RULES: tuple[Rule, ...] = (
         "Limits",
         "maxRequestBytes",
         "expected at most 2Gi, the largest message of gRPC",
-        f"type(self.maxRequestBytes) == int ? self.maxRequestBytes <= {MAX_REQUEST_BYTES} "
-        ": quantity(self.maxRequestBytes).compareTo(quantity('2Gi')) <= 0",
+        f"!has(self.maxRequestBytes) || (type(self.maxRequestBytes) == int ? self.maxRequestBytes "
+        f"<= {MAX_REQUEST_BYTES} : quantity(self.maxRequestBytes).compareTo(quantity('2Gi')) <= 0)",
         lambda limits: limits.max_request_bytes.value <= MAX_REQUEST_BYTES,
     ),
     Rule(
@@ -278,6 +280,7 @@ RULES: tuple[Rule, ...] = (
         "PodTemplate",
         "labels",
         "labels under phoenix-ml.io/ and app.kubernetes.io/ belong to the operator",
+        "!has(self.labels) || "
         "self.labels.all(key, !key.startsWith('phoenix-ml.io/') && !key.startsWith('app.kubernetes.io/'))",
         lambda pod: not any(key.startswith(("phoenix-ml.io/", "app.kubernetes.io/")) for key in pod.labels),
     ),
@@ -285,7 +288,7 @@ RULES: tuple[Rule, ...] = (
         "PodTemplate",
         "annotations",
         "annotations under phoenix-ml.io/ belong to the operator",
-        "self.annotations.all(key, !key.startsWith('phoenix-ml.io/'))",
+        "!has(self.annotations) || self.annotations.all(key, !key.startsWith('phoenix-ml.io/'))",
         lambda pod: not any(key.startswith("phoenix-ml.io/") for key in pod.annotations),
     ),
 )

@@ -96,7 +96,7 @@ class _Flattening:
         if flat.get("type") == "integer":
             flat["format"] = "int64"
         _check_bounds(flat, path)
-        if "default" in flat and (problem := _mismatch(flat["default"], flat)):
+        if "default" in flat and (problem := _mismatch(flat["default"], flat) or _unguarded(flat)):
             raise NotStructural(f"{path}: the default {problem}")
         return flat
 
@@ -145,6 +145,15 @@ def _check_bounds(flat: Schema, path: str) -> None:
         )
     if "additionalProperties" in flat and "properties" in flat:
         raise NotStructural(f"{path}: properties and additionalProperties exclude each other")
+
+
+def _unguarded(flat: Schema) -> str:
+    """Say which rule the API server cannot try on the default, which it does before the fields have theirs."""
+    for rule in flat.get(_VALIDATIONS, ()):
+        for name in sorted(set(re.findall(r"self\.(\w+)", rule["rule"]))):
+            if f"has(self.{name})" not in rule["rule"]:
+                return f"{flat['default']!r} has no {name}, which a rule reads without has(): {rule['message']}"
+    return ""
 
 
 def _mismatch(value: Any, flat: Schema) -> str:

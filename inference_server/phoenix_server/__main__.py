@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 
 # One thread of BLAS: numpy only moves data here, and each idle thread would hold memory.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+# Looking for plugins of pydantic in every installed distribution takes a tenth of the start.
+os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
 
 from phoenix_server import __version__
 from phoenix_server.errors import ModelLoadError, Reason, StartError
@@ -85,7 +87,7 @@ def _check(options: argparse.Namespace) -> int:
 
     try:
         settings = load_settings(model_store=options.model_store)
-        configure("error")
+        configure("warning")
         return check(settings, _manifests(options.paths, strict=True))
     except ModelLoadError as error:
         print(f"FAILED {error.reason}: {error.message}")

@@ -1,53 +1,42 @@
 """Turns `spec.model.uri` into local files whose digest is known; nothing that does not match it leaves this module.
 
 Hides where models lie (beside the manifest, in the model store, behind HTTPS, S3, GCS or Azure), credentials, retries,
-deadlines and the cache. Called by `repository` only; the one importer of `obstore`, and only for an address that needs
-it.
+deadlines, and when the copy in `model_cache` will do. Called by `repository` only; the one importer of `obstore`, and
+only for an address that needs it.
 
-Digest: the SHA-256 of the model file. With external data files it is the SHA-256 of the list that
-`sha256sum model.onnx model.onnx.data | LC_ALL=C sort -k2` prints in the model's folder, so that it covers every file.
-
-Cache: `<cache_dir>/models/<digest>/` with `files/` and `meta.json`, named by content and never changed. A fetch writes
-into `.partial-<pid>-<random>` beside it, locked as long as its process lives, and renames the whole folder at the end:
-a kill leaves nothing half in use, and of two processes the first wins. Each use hashes the copy again and drops it if
-it is damaged. With `sha256` a good copy is used without asking the store. Without, the store is asked whether the file
-is still the same (ETag, else date and size); if it cannot be reached the model is not served, because nothing says
-that the copy is still what the address names. The message then gives the digest that would allow it.
+With `sha256` a good copy is used without asking the store. Without, the store is asked whether the file is still the
+same (ETag, else date and size); if it cannot be reached the model is not served, because nothing says that the copy is
+still what the address names. The message then gives the digest that would allow it.
 """
 
 import asyncio
-import contextlib
-import errno
-import fcntl
 import hashlib
-import json
 import logging
 import os
 import re
-import secrets
-import shutil
 import time
 from base64 import b64encode
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from datetime import timedelta
 from http import HTTPStatus
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, unquote, urlsplit, urlunsplit
 
+from phoenix_server import model_cache
 from phoenix_server.errors import ModelLoadError, Reason
-from phoenix_server.onnx_file import OnnxFileError, read_facts
+from phoenix_server.model_cache import Artifact, CacheEntry, ModelCache
 
 if TYPE_CHECKING:
     from obstore import GetResult, ObjectMeta
     from obstore.store import ClientConfig, ObjectStore, RetryConfig
 
+__all__ = ["Artifact", "ArtifactStore", "Progress"]
+
 _log = logging.getLogger(__name__)
 _CHUNK_BYTES = 256 * 1024
 _PROGRESS_EVERY_S = 0.5
-# Where the file system knows no locks, a partial folder that nothing was written to for so long is dead.
-_DEAD_AFTER_S = 86_400.0
 _REMOTE = {"https": "HTTP_", "s3": "AWS_", "gs": "GOOGLE_", "az": "AZURE_"}
 _SECRET_KEYS = {
     "https": "HTTP_AUTHORIZATION, a whole header value such as 'Bearer ...'",
@@ -70,16 +59,6 @@ _CAUSES = (
     (r"IncompleteBody|UnexpectedEof|ConnectionReset|BrokenPipe|RangeNotSupported|kind: Interrupted",
      "the connection broke before the whole file came"),
 )  # fmt: skip
-
-
-@dataclass(frozen=True, slots=True)
-class Artifact:
-    """A model on this machine. `sha256` is the digest that a manifest gives; `files` is `path`, then external data."""
-
-    path: Path
-    sha256: str
-    size_bytes: int
-    files: tuple[Path, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +89,7 @@ class ArtifactStore:
         backoff_s: float = 0.5,
     ) -> None:
         self._model_store = model_store
-        self._cache = _Cache(cache_dir / "models")
+        self._cache = ModelCache(cache_dir / "models")
         self._progress = progress
         self._stall_timeout_s = stall_timeout_s
         self._attempts = attempts
@@ -143,10 +122,7 @@ class ArtifactStore:
     # --- local -------------------------------------------------------------------------------------------------------
 
     def _read_local(self, uri: str, wanted: str | None, beside: Path | None) -> Artifact:
-        artifact = _inspect(self._locate(uri, beside), wanted)
-        if wanted and artifact.sha256 != wanted:
-            raise _mismatch(_label(uri), wanted, artifact.sha256)
-        return artifact
+        return model_cache.inspect(self._locate(uri, beside), wanted, _label(uri))
 
     def _locate(self, uri: str, beside: Path | None) -> Path:
         scheme, is_url, rest = uri.partition("://")
@@ -214,19 +190,16 @@ class ArtifactStore:
             raise ModelLoadError(error.reason, f"{error.message}; {advice}") from error
         return None
 
-    async def _download(self, remote: "_Remote", wanted: str | None, folder: Path) -> "_Meta":
-        hashes: dict[str, str] = {}
-        stamps: dict[str, str] = {}
+    async def _download(self, remote: "_Remote", wanted: str | None, folder: Path) -> CacheEntry:
+        hashes, stamps = dict[str, str](), dict[str, str]()
         hashes[remote.name], stamps[remote.name] = await self._download_file(remote, remote.name, folder)
-        external = await asyncio.to_thread(
-            _external_files, folder / remote.name, hashes[remote.name], wanted, remote.label
-        )
-        for name in external:
+        model = folder / remote.name, hashes[remote.name], wanted, remote.label
+        for name in await asyncio.to_thread(model_cache.external_files, *model):
             hashes[name], stamps[name] = await self._download_file(remote, name, folder)
-        digest = _digest(hashes)
+        digest = model_cache.digest_of(hashes)
         if wanted and digest != wanted:
-            raise _mismatch(remote.label, wanted, digest)
-        return _Meta(name=remote.name, sha256=digest, source=remote.source, stamps=stamps)
+            raise model_cache.mismatch(remote.label, wanted, digest)
+        return CacheEntry(name=remote.name, sha256=digest, source=remote.source, stamps=stamps)
 
     async def _download_file(self, remote: "_Remote", name: str, folder: Path) -> tuple[str, str]:
         target = folder / name
@@ -296,7 +269,7 @@ class ArtifactStore:
             message = f"{label}: no answer within {self._stall_timeout_s:g} s"
         except FileNotFoundError:
             if name != remote.name:
-                raise _external_missing(label) from None
+                raise model_cache.external_missing(label) from None
             raise ModelLoadError(Reason.NOT_FOUND, f"{label} is not found (404); check spec.model.uri") from None
         except (PermissionDeniedError, UnauthenticatedError) as error:
             message = f"{label}: access was refused, {remote.cause(error)}; {remote.advice}"
@@ -409,176 +382,6 @@ class _Remote:
         return line[:200]
 
 
-@dataclass(frozen=True, slots=True)
-class _Meta:
-    """What `meta.json` keeps of a cached model: which file is the model, and what the store said of each file."""
-
-    name: str
-    sha256: str
-    source: str
-    stamps: dict[str, str]
-
-
-@dataclass(frozen=True, slots=True)
-class _Cache:
-    """The folders of fetched models; see the module's docstring for the layout and what it withstands."""
-
-    root: Path
-
-    @contextlib.contextmanager
-    def writing(self) -> Iterator[None]:
-        """Turn the errors of the disk into one that names the folder and the way out."""
-        try:
-            yield
-        except OSError as error:
-            raise ModelLoadError(
-                Reason.FETCH_FAILED,
-                f"cannot write to {os.path.abspath(self.root)}: {error.strerror or error}; "
-                "set PHOENIX_STATE_DIR to a writable folder with room for the model",
-            ) from error
-
-    def find(self, sha256: str) -> Artifact | None:
-        """Return a copy after hashing it; drop it if it is not what its name says."""
-        entry = self.root / sha256
-        if not entry.exists():
-            return None
-        try:
-            artifact = _inspect(entry / "files" / self._meta(entry).name, None)
-            problem = "its digest is another"
-        except (ModelLoadError, OSError, ValueError, TypeError) as error:
-            artifact, problem = None, str(error)
-        if artifact and artifact.sha256 == sha256:
-            return artifact
-        _log.warning("cached model is damaged and dropped", extra={"digest": sha256, "cause": problem})
-        trash = self.root / _partial_name()
-        with contextlib.suppress(FileNotFoundError):  # another process was faster
-            shutil.rmtree(entry.rename(trash), ignore_errors=True)
-        return None
-
-    def copies_of(self, source: str) -> list[_Meta]:
-        """Return what came from an address, newest first."""
-        found = []
-        for file in self.root.glob("[!.]*/meta.json"):
-            with contextlib.suppress(OSError, ValueError, TypeError):
-                meta = self._meta(file.parent)
-                if meta.source == source and meta.sha256 == file.parent.name:
-                    found.append((file.stat().st_mtime_ns, meta))
-        return [meta for _, meta in sorted(found, key=lambda pair: pair[0], reverse=True)]
-
-    def _meta(self, entry: Path) -> _Meta:
-        meta = _Meta(**json.loads((entry / "meta.json").read_bytes()))
-        if meta.name != os.path.basename(meta.name) or not isinstance(meta.stamps, dict):
-            raise ValueError("meta.json is not what this program writes")
-        return meta
-
-    @contextlib.contextmanager
-    def partial(self) -> Iterator[Path]:
-        """Give a locked folder to download into; what is left of it at the end is removed."""
-        self.root.mkdir(parents=True, exist_ok=True)
-        name = _partial_name()
-        folder = self.root / f".new{name}"
-        folder.mkdir()
-        lock = os.open(folder, os.O_RDONLY)
-        try:
-            with contextlib.suppress(OSError):  # no locks on this file system: age decides
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # Only now does it carry a name that others look for: none of them sees it without its lock.
-            folder = folder.rename(self.root / name)
-            yield folder
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)  # renamed when all went well
-            os.close(lock)
-
-    def sweep(self) -> None:
-        """Remove the partial folders of dead processes."""
-        for folder in self.root.glob(".partial-*"):
-            with contextlib.suppress(OSError):
-                lock = os.open(folder, os.O_RDONLY)
-                try:
-                    # A process id would not do: containers that share a volume do not share process ids.
-                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    is_dead = True
-                except OSError:
-                    is_dead = time.time() - max(f.stat().st_mtime for f in (folder, *folder.rglob("*"))) > _DEAD_AFTER_S
-                finally:
-                    os.close(lock)
-                if is_dead:
-                    shutil.rmtree(folder)
-
-    def publish(self, folder: Path, meta: _Meta) -> Artifact:
-        """Move a complete download to its place, or leave a good copy there that another process put first."""
-        with (folder / "meta.json").open("w") as file:
-            json.dump(asdict(meta), file)
-            file.flush()
-            os.fsync(file.fileno())
-        for path in (*(p for p in folder.rglob("*") if p.is_dir()), folder):
-            _sync_folder(path)
-        entry = self.root / meta.sha256
-        while True:
-            try:
-                folder.rename(entry)
-                break
-            except OSError as error:
-                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
-                    raise
-            if self.find(meta.sha256):
-                (folder / "meta.json").replace(entry / "meta.json")  # newer stamps of the same content
-                break
-        _sync_folder(self.root)
-        files = tuple(entry / "files" / name for name in meta.stamps)
-        return Artifact(files[0], meta.sha256, sum(file.stat().st_size for file in files), files)
-
-
-def _inspect(path: Path, wanted: str | None) -> Artifact:
-    """Hash a model file and the external data beside it."""
-    try:
-        hashes = {path.name: _sha256(path)}
-        for name in _external_files(path, hashes[path.name], wanted, str(path)):
-            try:
-                hashes[name] = _sha256(path.parent / name)
-            except FileNotFoundError:
-                raise _external_missing(str(path.parent / name)) from None
-        files = tuple(path.parent / name for name in hashes)
-        return Artifact(path, _digest(hashes), sum(file.stat().st_size for file in files), files)
-    except OSError as error:
-        message = f"cannot read {error.filename or path}: {error.strerror or error}"
-        raise ModelLoadError(Reason.FETCH_FAILED, message) from error
-
-
-def _external_files(path: Path, sha256: str, wanted: str | None, label: str) -> tuple[str, ...]:
-    """Return what else belongs to the model. Raises InvalidModel, or DigestMismatch where that explains more."""
-    try:
-        return tuple(name for name in read_facts(path).external_files if name != path.name)
-    except OnnxFileError as error:
-        if wanted and sha256 != wanted:
-            mismatch = _mismatch(label, wanted, sha256)
-            raise ModelLoadError(mismatch.reason, f"{mismatch.message} ({error})") from error
-        raise ModelLoadError(Reason.INVALID_MODEL, f"{label}: {error}") from error
-
-
-def _external_missing(label: str) -> ModelLoadError:
-    message = (
-        f"external data file {label} is not found; it has to lie beside the model under the name the model gives it"
-    )
-    return ModelLoadError(Reason.EXTERNAL_DATA_MISSING, message)
-
-
-def _mismatch(label: str, wanted: str, got: str) -> ModelLoadError:
-    return ModelLoadError(Reason.DIGEST_MISMATCH, f"{label}: spec.model.sha256 expects {wanted}, got {got}")
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _digest(hashes: Mapping[str, str]) -> str:
-    if len(hashes) == 1:
-        return next(iter(hashes.values()))
-    lines = "".join(f"{hashes[name]}  {name}\n" for name in sorted(hashes, key=os.fsencode))
-    return hashlib.sha256(lines.encode()).hexdigest()
-
-
 def _stamp(meta: "ObjectMeta") -> str:
     """Return what tells this state of a remote file from the next; empty where the store gives nothing to go by."""
     if meta["e_tag"]:
@@ -595,15 +398,3 @@ def _label(uri: str) -> str:
     rest = rest.partition("?")[0] if scheme != "oci" else rest
     authority, slash, path = rest.partition("/")
     return f"{scheme}://{authority.rpartition('@')[2] if scheme != 'oci' else authority}{slash}{path}"
-
-
-def _partial_name() -> str:
-    return f".partial-{os.getpid()}-{secrets.token_hex(6)}"
-
-
-def _sync_folder(path: Path) -> None:
-    folder = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)

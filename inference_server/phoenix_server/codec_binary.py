@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-import orjson
 
 from phoenix_server import codec_json
 from phoenix_server.codec_json import OutputForms
@@ -107,7 +106,7 @@ def encode(response: InferResponse, forms: OutputForms) -> tuple[bytes, int | No
         else:
             outputs.append(codec_json.json_output(name, array))
     document["outputs"] = outputs
-    header = orjson.dumps(document, option=orjson.OPT_SERIALIZE_NUMPY)
+    header = codec_json.dump(document)
     return (b"".join([header, *blobs]), len(header)) if blobs else (header, None)
 
 

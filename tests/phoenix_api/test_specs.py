@@ -1,4 +1,4 @@
-"""The table of specs through every half that can refuse one: the Python types, the CRD's schema, the editor's schema."""
+"""The table of specs through all that refuse them but the API server: Python types, schemas of CRD and editor."""
 
 import json
 from typing import Any
