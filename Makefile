@@ -22,17 +22,21 @@ help: ## Print this help
 	@awk 'BEGIN {FS = ":.*##"} /^##@/ {printf "\n\033[1m%s\033[0m\n", substr($$0, 5)} \
 	  /^[a-z-]+:.*?##/ {printf "  \033[36m%-16s\033[0m %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
+# The model store of examples/filetype is the models folder of the package magika, found without importing it.
+MAGIKA_MODELS = $(BIN)/python -c 'import importlib.util, pathlib; \
+  print(pathlib.Path(importlib.util.find_spec("magika").origin).parent / "models")'
+
 ##@ Use
 .PHONY: run
 run: $(RUN) ## Serve the examples on this machine (REST on 8000, gRPC on 8001)
 	@echo "Serving examples/ on http://127.0.0.1:$${PHOENIX_HTTP_PORT:-8000}; try in another terminal:"
 	@echo "  curl -s http://127.0.0.1:$${PHOENIX_HTTP_PORT:-8000}/v2/models/iris/infer -d @examples/iris/request.json"
-	@store=$$($(BIN)/python -c 'import importlib.util as u, pathlib; print(pathlib.Path(u.find_spec("magika").origin).parent / "models")'); \
+	@store=$$($(MAGIKA_MODELS)); \
 	  PHOENIX_MODEL_STORE="$${PHOENIX_MODEL_STORE:-$$store}" exec $(BIN)/phoenix-server serve examples
 
 .PHONY: check
 check: $(RUN) ## Check the examples: manifest, digest, signature, provider, capacity
-	@store=$$($(BIN)/python -c 'import importlib.util as u, pathlib; print(pathlib.Path(u.find_spec("magika").origin).parent / "models")'); \
+	@store=$$($(MAGIKA_MODELS)); \
 	  PHOENIX_MODEL_STORE="$${PHOENIX_MODEL_STORE:-$$store}" $(BIN)/phoenix-server check examples
 
 ##@ Develop

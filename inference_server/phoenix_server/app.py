@@ -21,7 +21,7 @@ from phoenix_server.artifacts import ArtifactStore, Progress
 from phoenix_server.auth import ApiKeys
 from phoenix_server.dataplane import DataPlane
 from phoenix_server.errors import ModelLoadError, Reason, StartError
-from phoenix_server.hotpath import InferEndpoint, InferMiddleware
+from phoenix_server.hotpath import AsgiApp, HotPath, InferEndpoint
 from phoenix_server.http_server import HttpServer
 from phoenix_server.logs import LogSettings
 from phoenix_server.metrics import Metrics
@@ -60,11 +60,13 @@ async def running(settings: Settings, manifests: Iterable[Manifest], paths: list
         plane = DataPlane(repository, metrics, tracer=tracer, is_access_logged=settings.access_log)
 
         endpoint = InferEndpoint(plane, keys)
-        # FastAPI and gRPC take a third of a second to import; a taken port or a wrong key file is told before.
-        from phoenix_server.rest import create_rest
 
-        rest = create_rest(plane, endpoint, log_settings, keys)
-        http = HttpServer(InferMiddleware(endpoint, rest), endpoint, settings)
+        def make_rest() -> AsgiApp:
+            from phoenix_server.rest import create_rest
+
+            return create_rest(plane, endpoint, log_settings, keys)
+
+        http = HttpServer(HotPath(plane, endpoint, make_rest), endpoint, settings)
         http_port = http.bind()
         stack.push_async_callback(repository.close)
         http.start()

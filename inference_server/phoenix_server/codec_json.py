@@ -83,12 +83,9 @@ def _expected_brackets(plain: dict[str, Any]) -> int:
     inputs = plain.get("inputs")
     count = 1 + isinstance(plain.get("outputs"), list)
     for item in inputs if isinstance(inputs, list) else ():
-        data, shape = (item.get("data"), item.get("shape")) if isinstance(item, dict) else (None, None)
-        if (
-            not hasattr(data, "as_buffer")
-            or not isinstance(shape, list)
-            or any(type(size) is not int for size in shape)
-        ):
+        data: Any = item.get("data") if isinstance(item, dict) else None
+        shape: Any = item.get("shape") if isinstance(item, dict) else None
+        if not hasattr(data, "as_buffer") or not isinstance(shape, list) or not {type(size) for size in shape} <= {int}:
             return 0
         count += 2
         if len(data) and hasattr(data[0], "as_buffer"):

@@ -1,7 +1,8 @@
-"""Answers `POST /v2/models/{name}[/versions/{version}]/infer`: bytes in, bytes out.
+"""Answers what is asked all the time: inferences, probes and scrapes; bytes in, bytes out.
 
-`infer` is the whole path of a REST inference and knows no server: `http_server` calls it directly, `InferMiddleware`
-puts it in front of the FastAPI application for any other ASGI server, and `rest` declares it for the OpenAPI document.
+`InferEndpoint.infer` is the whole path of a REST inference and knows no server: `http_server` calls it directly,
+`HotPath` puts it in front of the FastAPI application for any other ASGI server, and `rest` declares it for the OpenAPI
+document. Probes and scrapes are answered here too, so that FastAPI need not be loaded where nobody asks for more.
 """
 
 import asyncio
@@ -155,6 +156,19 @@ class InferEndpoint:
         return reply
 
 
+def routine_reply(plane: DataPlane, path: str, accept: str = "") -> HttpReply | None:
+    """Return the reply to `GET` of a server probe or of the metrics page, which need no key; None for other paths."""
+    if path == "/v2/health/live":
+        return HttpReply(200, [_JSON], b'{"live":true}')
+    if path == "/v2/health/ready":
+        is_ready = plane.is_ready()
+        return HttpReply(200 if is_ready else 503, [_JSON], orjson.dumps({"ready": is_ready, "live": True}))
+    if path == "/metrics":
+        body, content_type = plane.metrics.exposition(accept)
+        return HttpReply(200, [(b"content-type", content_type.encode())], body)
+    return None
+
+
 def too_large(size: int, limit: int) -> PhoenixError:
     """Return the refusal of a body that is over the model's limit."""
     return PhoenixError(Code.TOO_LARGE, f"the request body has {size} bytes, at most {limit} are accepted")
@@ -235,30 +249,43 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 AsgiApp = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 
-class InferMiddleware:
-    """The endpoint as an ASGI application in front of another one, which gets every other request."""
+class HotPath:
+    """The endpoint, probes and scrapes as an ASGI application in front of another one, which gets every other request.
 
-    def __init__(self, endpoint: InferEndpoint, others: AsgiApp) -> None:
+    The other one is made by `make_others` when it is first needed: FastAPI takes a quarter of a second and 10 MB.
+    """
+
+    def __init__(self, plane: DataPlane, endpoint: InferEndpoint, make_others: Callable[[], AsgiApp]) -> None:
+        self._plane = plane
         self._endpoint = endpoint
-        self._others = others
+        self._make_others = functools.lru_cache(make_others)
+        self._lock = asyncio.Lock()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer an inference, or hand on."""
-        target = match(scope["raw_path"]) if scope["type"] == "http" and scope["method"] == "POST" else None
-        if target is None:
-            await self._others(scope, receive, send)
-            return
+        """Answer what is hot, or hand on."""
         headers: Headers = dict(scope["headers"])
+        target = match(scope["raw_path"]) if scope["method"] == "POST" else None
+        if target is not None:
+            reply = await self._infer(target, headers, receive)
+        elif scope["method"] == "GET":
+            reply = routine_reply(self._plane, scope["path"], headers.get(b"accept", b"").decode("latin-1"))
+        else:
+            reply = None
+        if reply is not None:
+            await send_reply(reply, send)
+        elif target is None:
+            async with self._lock:  # one thread imports, the event loop goes on
+                others = await asyncio.to_thread(self._make_others)
+            await others(scope, receive, send)
+
+    async def _infer(self, target: tuple[str, str], headers: Headers, receive: Receive) -> HttpReply | None:
+        """Return the reply, or None when the client has gone."""
         try:
             model = self._endpoint.admit(target, headers)
             body = await _read(receive, model.max_request_bytes)
         except PhoenixError as error:
-            reply = self._endpoint.refuse(error)
-        else:
-            if body is None:
-                return
-            reply = await self._endpoint.infer(model, headers, body)
-        await send_reply(reply, send)
+            return self._endpoint.refuse(error)
+        return None if body is None else await self._endpoint.infer(model, headers, body)
 
 
 async def _read(receive: Receive, limit: int) -> bytes | None:

@@ -8,14 +8,14 @@ from typing import Annotated, Any
 import orjson
 from fastapi import Depends, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import RedirectResponse
+from fastapi.responses import PlainTextResponse, RedirectResponse
 from starlette.exceptions import HTTPException
 
 from phoenix_server import __version__, codec_json
 from phoenix_server.auth import ApiKeys
 from phoenix_server.dataplane import DataPlane
 from phoenix_server.errors import Code, PhoenixError, invalid
-from phoenix_server.hotpath import HttpReply, InferEndpoint, error_reply
+from phoenix_server.hotpath import HttpReply, InferEndpoint, error_reply, routine_reply
 from phoenix_server.logs import LogSettings
 from phoenix_server.schemas import (
     ErrorBody,
@@ -92,16 +92,23 @@ def create_rest(plane: DataPlane, endpoint: InferEndpoint, log_settings: LogSett
     app.add_exception_handler(RequestValidationError, _on_validation_error)
     guarded = [Depends(check_key)]
 
-    @app.get("/v2/health/live", tags=["health"], response_model=ServerLiveBody)
-    async def server_live() -> Any:
-        """Say that the process answers."""
-        return OrjsonResponse({"live": True})
+    async def routine(request: Request) -> Response:
+        reply = routine_reply(plane, request.url.path, request.headers.get("accept", ""))
+        assert reply is not None
+        return _response(reply)
 
-    @app.get("/v2/health/ready", tags=["health"], response_model=ReadyBody, responses={503: {"model": ReadyBody}})
-    async def server_ready() -> Any:
-        """Say whether every model is loaded and warm."""
-        is_ready = plane.is_ready()
-        return OrjsonResponse({"ready": is_ready, "live": True}, status_code=200 if is_ready else 503)
+    app.get(
+        "/v2/health/live", tags=["health"], response_model=ServerLiveBody, name="server_live",
+        description="Say that the process answers.",
+    )(routine)  # fmt: skip
+    app.get(
+        "/v2/health/ready", tags=["health"], response_model=ReadyBody, responses={503: {"model": ReadyBody}},
+        name="server_ready", description="Say whether every model is loaded and warm.",
+    )(routine)  # fmt: skip
+    app.get(
+        "/metrics", tags=["metrics"], response_class=PlainTextResponse, name="metrics",
+        description="Metrics in the Prometheus text or OpenMetrics format.",
+    )(routine)  # fmt: skip
 
     @app.get("/v2", tags=["metadata"], response_model=ServerMetadataBody, dependencies=guarded)
     async def server_metadata() -> Any:
@@ -135,12 +142,6 @@ def create_rest(plane: DataPlane, endpoint: InferEndpoint, log_settings: LogSett
         if faults := log_settings.faults(settings):
             raise invalid("; ".join(faults))
         return OrjsonResponse(log_settings.update(settings))
-
-    @app.get("/metrics", tags=["metrics"], response_class=Response)
-    async def metrics(request: Request) -> Response:
-        """Metrics in the Prometheus text or OpenMetrics format."""
-        body, content_type = plane.metrics.exposition(request.headers.get("accept", ""))
-        return Response(body, headers={"content-type": content_type})
 
     @app.get("/", include_in_schema=False)
     async def root() -> Response:

@@ -79,6 +79,20 @@ def not_ready_body(server: RestClient) -> None:
     assert reply.document == {"name": "oip-spare", "ready": False}
 
 
+@rule("health.server-not-ready-body", PHOENIX, on=REST, profile="phoenix", needs_folder=True)
+def server_not_ready_body(server: RestClient) -> None:
+    """A server whose model failed to load answers 503 with {"ready": false, "live": true}."""
+    server.unload("oip-spare")
+    try:
+        with _broken(server), server.refused("invalid"):
+            server.load("oip-spare")
+        reply = server.http("GET", "/v2/health/ready")
+    finally:
+        server.load("oip-spare")
+    assert reply.status == 503
+    assert reply.document == {"ready": False, "live": True}
+
+
 @rule("health.unloaded", PHOENIX, profile="phoenix")
 def unloaded(server: Client) -> None:
     """A model that was unloaded by request is not ready; the server stays ready, because that is what was asked."""

@@ -366,5 +366,9 @@ def big_body_faults(server: RestClient) -> None:
     ):  # fmt: skip
         with server.refused("invalid"):
             _x(server, f"[{pairs}, {last}]", datatype, f"[{rows}, 2]")
+    numbers = pairs.replace("[", "").replace("]", "")
+    for last in ("3, [4]", "[3], 4", "3, [], 4"):
+        with server.refused("invalid"):
+            _x(server, f"[{numbers}, {last}]", "FP32", f"[{rows}, 2]")
     with server.refused("invalid"):
         _x(server, f"[{pairs}, [3, 4]", "FP32", f"[{rows}, 2]")
