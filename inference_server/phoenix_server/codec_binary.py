@@ -13,7 +13,7 @@ import numpy as np
 
 from phoenix_server import codec_json
 from phoenix_server.codec_json import OutputForms
-from phoenix_server.errors import invalid
+from phoenix_server.errors import invalid, shown
 from phoenix_server.tensors import Array, DType, InferRequest, InferResponse, Signature, dtype_of
 
 _LENGTH = struct.Struct("<I")
@@ -38,7 +38,7 @@ def decode(document: Mapping[str, Any], blobs: memoryview, model_name: str) -> t
     def blob(name: str, size: Any, dtype: DType, shape: tuple[int, ...]) -> Array:
         nonlocal taken
         if type(size) is not int or size < 0:
-            raise invalid(f"input '{name}': 'binary_data_size' must be an integer of at least 0, got {size!r}")
+            raise invalid(f"input '{name}': 'binary_data_size' must be an integer of at least 0, got {shown(size)}")
         data = blobs[taken : taken + size]
         if len(data) < size:
             raise invalid(

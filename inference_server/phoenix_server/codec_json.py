@@ -13,8 +13,17 @@ from typing import Any
 import numpy as np
 import orjson
 
-from phoenix_server.errors import PhoenixError, invalid
-from phoenix_server.tensors import Array, DType, InferRequest, InferResponse, Parameter, dtype_named, dtype_of
+from phoenix_server.errors import PhoenixError, invalid, shown
+from phoenix_server.tensors import (
+    UNSERVED_PARAMETERS,
+    Array,
+    DType,
+    InferRequest,
+    InferResponse,
+    Parameter,
+    dtype_named,
+    dtype_of,
+)
 
 # Above this a body is parsed off the event loop, by simdjson (1.6 MB: orjson 6.5 ms, simdjson 2.4 ms).
 BIG_BODY_BYTES = 1_000_000
@@ -117,7 +126,8 @@ def decode(document: Mapping[str, Any], blob: Blob | None = None) -> tuple[Infer
     parameters = _parameters(document.get("parameters"), "the request", faults)
     forms = OutputForms(is_binary=_flag(parameters.pop("binary_data_output", False), "binary_data_output", faults))
     outputs = _decode_outputs(document.get("outputs"), forms, faults)
-    request_id = document.get("id", "")
+    request_id = document.get("id")
+    request_id = "" if request_id is None else request_id  # some clients send null for what they leave out
     if not isinstance(request_id, str):
         faults.append(f"'id' must be a string, got {_kind(request_id)}")
     timeout_us = _timeout_us(parameters.get("timeout", 0), faults)
@@ -325,6 +335,8 @@ def _decode_input(item: Any, index: int, blob: Blob | None) -> tuple[str, Array]
     parameters = item.get("parameters")
     if parameters is not None and not isinstance(parameters, dict):
         raise invalid(f"{where}: 'parameters' must be an object, got {_kind(parameters)}")
+    if parameters and (unserved := _unserved(parameters)):
+        raise invalid(f"{where}: {unserved}")
     size = None if parameters is None else parameters.get("binary_data_size")
     if size is None:
         if "data" not in item:
@@ -348,7 +360,7 @@ def shape_of(shape: Any, where: str) -> tuple[int, ...]:
                 break
         else:
             return tuple(shape)
-    raise invalid(f"{where}: 'shape' must be a list of integers of at least 0, got {_short(shape)}")
+    raise invalid(f"{where}: 'shape' must be a list of integers of at least 0, got {shown(shape)}")
 
 
 def _decode_outputs(items: Any, forms: OutputForms, faults: list[str]) -> tuple[str, ...]:
@@ -361,7 +373,7 @@ def _decode_outputs(items: Any, forms: OutputForms, faults: list[str]) -> tuple[
     for index, item in enumerate(items):
         name = item.get("name") if isinstance(item, dict) else None
         if not isinstance(name, str):
-            faults.append(f"outputs[{index}] must be an object with a 'name', got {_short(item)}")
+            faults.append(f"outputs[{index}] must be an object with a 'name', got {shown(item)}")
             continue
         if name in names:
             faults.append(f"output '{name}' is asked for twice")
@@ -369,8 +381,8 @@ def _decode_outputs(items: Any, forms: OutputForms, faults: list[str]) -> tuple[
         parameters = _parameters(item.get("parameters"), f"output '{name}'", faults)
         if "binary_data" in parameters:
             forms.of_output[name] = _flag(parameters["binary_data"], f"output '{name}': binary_data", faults)
-        if parameters.get("classification"):
-            faults.append(f"output '{name}': the classification extension is not served")
+        if unserved := _unserved(parameters):
+            faults.append(f"output '{name}': {unserved}")
     return tuple(names)
 
 
@@ -380,22 +392,29 @@ def _parameters(value: Any, where: str, faults: list[str]) -> dict[str, Paramete
     if not isinstance(value, dict):
         faults.append(f"{where}: 'parameters' must be an object, got {_kind(value)}")
         return {}
+    value = {key: item for key, item in value.items() if item is not None}
     wrong = [key for key, item in value.items() if not isinstance(item, str | int | float)]
     if wrong:
         faults.append(f"{where}: parameters must be strings, numbers or booleans; wrong: {', '.join(wrong)}")
     return {key: item for key, item in value.items() if isinstance(item, str | int | float)}
 
 
+def _unserved(parameters: Mapping[str, Any]) -> str | None:
+    """Return what to say of parameters that belong to an extension that is not served, or None."""
+    keys = [f"'{key}'" for key in UNSERVED_PARAMETERS if parameters.get(key)]
+    return f"{', '.join(keys)} belongs to an extension that is not served" if keys else None
+
+
 def _flag(value: Any, where: str, faults: list[str]) -> bool:
     if not isinstance(value, bool):
-        faults.append(f"{where} must be true or false, got {_short(value)}")
+        faults.append(f"{where} must be true or false, got {shown(value)}")
     return value is True
 
 
 def _timeout_us(value: Any, faults: list[str]) -> int:
     if type(value) is int and 0 <= value <= _MAX_TIMEOUT_US:
         return value
-    faults.append(f"parameter 'timeout' must be microseconds, an integer of at least 0, got {_short(value)}")
+    faults.append(f"parameter 'timeout' must be microseconds, an integer of at least 0, got {shown(value)}")
     return 0
 
 
@@ -416,8 +435,3 @@ def _plain(value: Any) -> Any:
 def _kind(value: Any) -> str:
     names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", int: "a number", float: "a number"}
     return "nothing" if value is None else names.get(type(value), type(value).__name__)
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."

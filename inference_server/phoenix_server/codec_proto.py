@@ -16,7 +16,16 @@ from phoenix_server._proto import inference as proto
 from phoenix_server.codec_binary import array_from, bytes_of
 from phoenix_server.codec_json import shape_of
 from phoenix_server.errors import PhoenixError, invalid
-from phoenix_server.tensors import Array, DType, InferRequest, InferResponse, Parameter, dtype_named, dtype_of
+from phoenix_server.tensors import (
+    UNSERVED_PARAMETERS,
+    Array,
+    DType,
+    InferRequest,
+    InferResponse,
+    Parameter,
+    dtype_named,
+    dtype_of,
+)
 
 # Where the elements of each datatype travel; FP16 has no field and so travels only as raw bytes.
 _CONTENTS = {
@@ -42,7 +51,6 @@ _NARROW = {
 }
 _MAX_TIMEOUT_US = 2**63 - 1
 # Tensor parameters of extensions that are not served; to drop them would give a wrong answer.
-_UNSERVED = ("shared_memory_region", "classification")
 
 
 def parse(message_type: Any, payload: bytes) -> Any:
@@ -179,7 +187,7 @@ def _decode_outputs(outputs: Any, faults: list[str]) -> tuple[str, ...]:
 
 
 def _refuse_unserved(parameters: Any, where: str) -> None:
-    for key in _UNSERVED:
+    for key in UNSERVED_PARAMETERS:
         if key in parameters:
             raise invalid(f"{where}: '{key}' belongs to an extension that is not served")
 

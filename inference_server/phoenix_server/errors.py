@@ -5,7 +5,11 @@ status. `Reason` is the vocabulary of the PhoenixModel's `ModelVerified` and `Ac
 that cannot serve ends with `Reason.exit_code` and writes the reason to its termination message.
 """
 
+import reprlib
 from enum import Enum, StrEnum
+
+_SHOWN = reprlib.Repr()
+_SHOWN.maxstring = _SHOWN.maxother = 80
 
 
 class Code(Enum):
@@ -64,6 +68,11 @@ class PhoenixError(Exception):
 def invalid(message: str) -> PhoenixError:
     """Return the error for input that the caller has to change."""
     return PhoenixError(Code.INVALID, message)
+
+
+def shown(value: object) -> str:
+    """Return a caller's value as it may stand in a message: short, and at any depth of nesting, which `repr` cannot."""
+    return _SHOWN.repr(value)
 
 
 class Reason(StrEnum):

@@ -203,16 +203,24 @@ async def decompress(body: bytes, encoding: bytes, limit: int) -> bytes:
         )
 
     def inflate() -> bytes:
-        stream = zlib.decompressobj(_ENCODINGS[encoding])
-        try:
-            data = stream.decompress(body, limit + 1)
-        except zlib.error as error:
-            raise invalid(f"the body is not valid {encoding.decode()}: {error}") from None
-        if len(data) > limit:
-            raise PhoenixError(Code.TOO_LARGE, f"the decompressed body has more than {limit} bytes")
-        if not stream.eof:
-            raise invalid(f"the body is not valid {encoding.decode()}: it ends too early")
-        return data
+        parts: list[bytes] = []
+        left, rest = limit, body
+        while True:
+            stream = zlib.decompressobj(_ENCODINGS[encoding])
+            try:
+                parts.append(stream.decompress(rest, left + 1))
+            except zlib.error as error:
+                raise invalid(f"the body is not valid {encoding.decode()}: {error}") from None
+            left -= len(parts[-1])
+            if left < 0:
+                raise PhoenixError(Code.TOO_LARGE, f"the decompressed body has more than {limit} bytes")
+            if not stream.eof:
+                raise invalid(f"the body is not valid {encoding.decode()}: it ends too early")
+            rest = stream.unused_data
+            if not rest:
+                return parts[0] if len(parts) == 1 else b"".join(parts)
+            if encoding != b"gzip":  # which may have several members: RFC 1952, section 2.2
+                raise invalid(f"the body is not valid {encoding.decode()}: {len(rest)} bytes follow its end")
 
     return inflate() if len(body) < codec_json.BIG_BODY_BYTES // 10 else await asyncio.to_thread(inflate)
 
@@ -267,7 +275,7 @@ class HotPath:
         target = match(scope["raw_path"]) if scope["method"] == "POST" else None
         if target is not None:
             reply = await self._infer(target, headers, receive)
-        elif scope["method"] == "GET":
+        elif scope["method"] in ("GET", "HEAD"):
             reply = routine_reply(self._plane, scope["path"], headers.get(b"accept", b"").decode("latin-1"))
         else:
             reply = None
@@ -276,6 +284,8 @@ class HotPath:
         elif target is None:
             async with self._lock:  # one thread imports, the event loop goes on
                 others = await asyncio.to_thread(self._make_others)
+            if scope["method"] == "HEAD":  # RFC 9110, section 9.1; the server leaves out the body
+                scope = {**scope, "method": "GET"}
             await others(scope, receive, send)
 
     async def _infer(self, target: tuple[str, str], headers: Headers, receive: Receive) -> HttpReply | None:

@@ -30,6 +30,8 @@ _MAX_SMALL_BODY_BYTES = 1 << 20
 _SWEEP_S = 0.5
 # An idle connection may carry a request that is on its way; closed at once, that request would be lost.
 _LINGER_S = 0.25
+# How long a refused client may go on sending before its connection is reset.
+_REFUSED_S = 2.0
 _DIGITS = re.compile(rb"[0-9]+")
 
 
@@ -185,6 +187,7 @@ class PhoenixProtocol(HttpToolsProtocol):
         self._is_reading = False
         self._idle_since = self.loop.time()
         self._is_refused = False
+        self._refused_since = 0.0
         self._body_bytes = 0
         self._body_limit = _MAX_SMALL_BODY_BYTES
         self._header_map: Headers = {}
@@ -312,17 +315,18 @@ class PhoenixProtocol(HttpToolsProtocol):
         if self._server.is_draining:
             cycle.keep_alive = False
         self._write(reply, is_last=not cycle.keep_alive)
+        if not cycle.keep_alive:
+            self.transport.close()
         self.on_response_complete()
 
     def _write(self, reply: HttpReply, *, is_last: bool) -> None:
+        """Send a reply; `is_last` tells the client that nothing more will be answered here."""
         parts = [STATUS_LINE[reply.status]]
         for name, value in reply.headers:
             parts += (name, b": ", value, b"\r\n")
         parts.append(b"content-length: %d\r\n%s\r\n" % (len(reply.body), b"connection: close\r\n" if is_last else b""))
         parts.append(reply.body)
         self.transport.write(b"".join(parts))
-        if is_last:
-            self.transport.close()
 
     def on_response_complete(self) -> None:
         """Go on with a pipelined request, or wait for the next; `check_time` does uvicorn's keep-alive timer's work."""
@@ -339,7 +343,11 @@ class PhoenixProtocol(HttpToolsProtocol):
             self.flow.resume_reading()
 
     def _refuse(self, error: PhoenixError) -> None:
-        """Answer a request that cannot be read any further, and close: where the next one begins is unknown."""
+        """Answer a request that cannot be read any further: where the next one begins is unknown.
+
+        The connection is closed later. At once, with bytes still unread, it would be reset and the answer lost (RFC
+        9112, section 9.6); so what comes is dropped until the client closes, or `check_time` does.
+        """
         self._is_refused = True
         if self.transport.is_closing():
             return
@@ -349,6 +357,7 @@ class PhoenixProtocol(HttpToolsProtocol):
             return
         if type(self.cycle) is _InferCycle and self.cycle.task is not None:
             self.cycle.task.cancel()
+        self._refused_since = self.loop.time()
         self._write(hotpath.error_reply(error), is_last=True)
 
     # --- checks ------------------------------------------------------------------------------------------------------
@@ -372,9 +381,12 @@ class PhoenixProtocol(HttpToolsProtocol):
     def check_time(self, now: float) -> None:
         """Refuse a request that arrives too slowly; close a connection that is idle for too long."""
         settings = self._server.settings
-        if self._reading_since:
+        if self._is_refused:
+            if now - self._refused_since > _REFUSED_S:
+                self.transport.close()
+        elif self._reading_since:
             limit = settings.body_timeout_seconds if self._is_head_complete else settings.header_timeout_seconds
-            if now - self._reading_since > limit and not self._is_refused:
+            if now - self._reading_since > limit:
                 part = "body" if self._is_head_complete else "head"
                 self._refuse(
                     PhoenixError(
@@ -389,6 +401,8 @@ class PhoenixProtocol(HttpToolsProtocol):
 
     def close_if_idle(self, now: float, linger_s: float) -> None:
         """Close the connection if it has been idle for that long."""
+        if self._is_refused:
+            self.transport.close()
         is_answered = self.cycle is None or self.cycle.response_complete
         if is_answered and not self._is_reading and now - self._idle_since >= linger_s:
             self.transport.close()

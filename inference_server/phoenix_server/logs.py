@@ -7,6 +7,8 @@ import logging
 import sys
 from typing import Any
 
+from phoenix_server.errors import shown
+
 _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
 LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
 
@@ -46,39 +48,37 @@ def configure(level: str) -> None:
 
 
 class LogSettings:
-    """The settings of the protocol's logging extension, applied to the process's loggers."""
+    """The settings of the protocol's logging extension, applied to the process's log."""
 
     _LEVELS = (("log_info", logging.INFO), ("log_warning", logging.WARNING), ("log_error", logging.ERROR))
 
     def __init__(self) -> None:
+        level = logging.getLogger().getEffectiveLevel()
+        self._on = {name: level <= own for name, own in self._LEVELS}
         self._verbose = 0
+        for handler in logging.getLogger().handlers:
+            handler.addFilter(self._passes)
 
     def get(self) -> dict[str, Any]:
         """Return the settings as the extension spells them."""
-        level = logging.getLogger().getEffectiveLevel()
-        return {
-            "log_file": "",
-            **{name: level <= own for name, own in self._LEVELS},
-            "log_verbose_level": self._verbose,
-            "log_format": "default",
-        }
+        return {"log_file": "", **self._on, "log_verbose_level": self._verbose, "log_format": "default"}
 
     def faults(self, wanted: dict[str, Any]) -> list[str]:
         """Return what is wrong with settings that a caller wants."""
         faults = []
         for name, value in wanted.items():
-            if name in dict(self._LEVELS):
+            if name in self._on:
                 if not isinstance(value, bool):
-                    faults.append(f"'{name}' must be true or false, got {value!r}")
+                    faults.append(f"'{name}' must be true or false, got {shown(value)}")
             elif name == "log_verbose_level":
                 if type(value) is not int or value < 0:
-                    faults.append(f"'{name}' must be an integer of at least 0, got {value!r}")
+                    faults.append(f"'{name}' must be an integer of at least 0, got {shown(value)}")
             elif name == "log_file":
                 if value != "":
                     faults.append("'log_file' cannot be set: logs go to stderr")
             elif name == "log_format":
                 if value != "default":
-                    faults.append(f"'log_format' must be 'default', got {value!r}")
+                    faults.append(f"'log_format' must be 'default', got {shown(value)}")
             else:
                 faults.append(f"unknown setting '{name}'; known: {', '.join(self.get())}")
         return faults
@@ -86,7 +86,12 @@ class LogSettings:
     def update(self, wanted: dict[str, Any]) -> dict[str, Any]:
         """Apply settings without faults and return all of them."""
         self._verbose = wanted.get("log_verbose_level", self._verbose)
-        on = {name: wanted.get(name, is_on) for name, is_on in self.get().items() if name in dict(self._LEVELS)}
-        level = next((own for name, own in self._LEVELS if on[name]), logging.CRITICAL)
-        logging.getLogger().setLevel(logging.DEBUG if self._verbose else level)
+        self._on = {name: wanted.get(name, is_on) for name, is_on in self._on.items()}
+        least = next((own for name, own in self._LEVELS if self._on[name]), logging.CRITICAL)
+        logging.getLogger().setLevel(logging.DEBUG if self._verbose else least)
         return self.get()
+
+    def _passes(self, record: logging.LogRecord) -> bool:
+        """Whether the kind of a record is on; beneath the kinds, the verbose level decides."""
+        kind = next((name for name, own in reversed(self._LEVELS) if record.levelno >= own), None)
+        return self._verbose > 0 if kind is None else self._on[kind]

@@ -10,11 +10,12 @@ from fastapi import Depends, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import PlainTextResponse, RedirectResponse
 from starlette.exceptions import HTTPException
+from starlette.routing import Match
 
 from phoenix_server import __version__, codec_json
 from phoenix_server.auth import ApiKeys
 from phoenix_server.dataplane import DataPlane
-from phoenix_server.errors import Code, PhoenixError, invalid
+from phoenix_server.errors import Code, PhoenixError, invalid, shown
 from phoenix_server.hotpath import HttpReply, InferEndpoint, error_reply, routine_reply
 from phoenix_server.logs import LogSettings
 from phoenix_server.schemas import (
@@ -85,6 +86,7 @@ def create_rest(plane: DataPlane, endpoint: InferEndpoint, log_settings: LogSett
         docs_url="/docs",
         redoc_url=None,
         default_response_class=OrjsonResponse,
+        redirect_slashes=False,
         separate_input_output_schemas=False,
     )
     app.add_exception_handler(PhoenixError, _on_phoenix_error)
@@ -216,7 +218,7 @@ def _add_repository_routes(app: FastAPI, prefix: str, plane: DataPlane, guarded:
     )  # fmt: skip
     async def repository_load(name: str, body: JsonObject) -> Any:
         """Read a model's manifest again and load it beside what serves now."""
-        await plane.load(name, body.get("parameters") or {})
+        await plane.load(name, _parameters(body))
         return OrjsonResponse({"name": name, "load": True})
 
     @app.post(
@@ -225,8 +227,17 @@ def _add_repository_routes(app: FastAPI, prefix: str, plane: DataPlane, guarded:
     )  # fmt: skip
     async def repository_unload(name: str, body: JsonObject) -> Any:
         """Stop serving a model once what is in flight is answered."""
+        _parameters(body)
         await plane.repository.unload(name)
         return OrjsonResponse({"name": name, "unload": True})
+
+
+def _parameters(body: dict[str, Any]) -> dict[str, Any]:
+    """Return the parameters of load and unload; raise INVALID unless they are an object or left out."""
+    parameters = body.get("parameters")
+    if parameters is not None and not isinstance(parameters, dict):
+        raise invalid(f"'parameters' must be an object, got {shown(parameters)}")
+    return parameters or {}
 
 
 async def _on_phoenix_error(_: Request, error: Exception) -> Response:
@@ -244,7 +255,11 @@ async def _on_router_error(request: Request, error: Exception) -> Response:
     else:
         message = str(error.detail)
     reply = error_reply(PhoenixError(_ROUTER_CODES.get(error.status_code, Code.INVALID), message))
-    reply.headers += [(k.lower().encode(), v.encode()) for k, v in (error.headers or {}).items()]
+    if error.status_code == 405:  # the router names only the methods of the first route of this path
+        routes = [route for route in request.app.routes if route.matches(request.scope)[0] is Match.PARTIAL]
+        allowed = sorted({method for route in routes for method in route.methods})
+        allowed = ["GET", "HEAD", *allowed[1:]] if allowed[:1] == ["GET"] else allowed
+        reply.headers.append((b"allow", ", ".join(allowed).encode()))
     return _response(reply)
 
 

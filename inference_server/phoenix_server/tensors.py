@@ -12,10 +12,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from phoenix_server.errors import PhoenixError, invalid
+from phoenix_server.errors import PhoenixError, invalid, shown
 
 Array = NDArray[Any]
 Parameter = str | int | float | bool
+# Tensor parameters of extensions that are not served; to ignore them would answer something else than was asked.
+UNSERVED_PARAMETERS = ("shared_memory_region", "classification")
 
 
 class DType(Enum):
@@ -58,7 +60,7 @@ def dtype_named(datatype: object, where: str) -> DType:
     try:
         return DTYPES[datatype]  # type: ignore[index]
     except (KeyError, TypeError):
-        raise invalid(f"{where}: unknown datatype {datatype!r}; known: {', '.join(DTYPES)}") from None
+        raise invalid(f"{where}: unknown datatype {shown(datatype)}; known: {', '.join(DTYPES)}") from None
 
 
 def dtype_of(array: Array) -> DType:

@@ -36,6 +36,7 @@ from onnx import TensorProto, helper
 from phoenix_process import Running, wait_until
 
 from phoenix_server._proto import inference as proto
+from phoenix_server.codec_json import BIG_BODY_BYTES
 from phoenix_server.grpc_service import SERVICE
 
 pytestmark = pytest.mark.slow
@@ -89,21 +90,28 @@ def tensor(name: str, datatype: str, shape: list[int], data: list[Any]) -> dict[
     return {"name": name, "datatype": datatype, "shape": shape, "data": data}
 
 
+def infer_path(model: str) -> str:
+    return f"/v2/models/{model}/infer"
+
+
 IRIS: dict[str, Any] = {"id": "good", "inputs": [tensor("x", "FP32", [2, 4], [5.1, 3.5, 1.4, 0.2, 6.7, 3, 5.2, 2.3])]}
 DOCUMENTS: list[tuple[str, dict[str, Any]]] = [
-    ("iris", IRIS),
-    ("iris", {"inputs": [tensor("x", "FP32", [1, 4], [[5.1, 3.5, 1.4, 0.2]])], "outputs": [{"name": "label"}]}),
+    (infer_path("iris"), IRIS),
     (
-        "iris",
+        infer_path("iris"),
+        {"inputs": [tensor("x", "FP32", [1, 4], [[5.1, 3.5, 1.4, 0.2]])], "outputs": [{"name": "label"}]},
+    ),
+    (
+        infer_path("iris"),
         {
             "inputs": [tensor("x", "FP32", [1, 4], [1, 2, 3, 4]) | {"parameters": {"a": "b"}}],
             "outputs": [{"name": "probabilities", "parameters": {"binary_data": True}}, {"name": "label"}],
             "parameters": {"timeout": 5_000_000, "binary_data_output": False, "sequence": 1.5},
         },
     ),
-    ("text", json.loads((EXAMPLES / "text" / "request.json").read_bytes())),
+    (infer_path("text"), json.loads((EXAMPLES / "text" / "request.json").read_bytes())),
     (
-        "mixed",
+        infer_path("mixed"),
         {
             "inputs": [
                 tensor("x_FP32", "FP32", [2, 2], [[1.5, -2.25], [0, 1e-3]]),
@@ -117,6 +125,10 @@ DOCUMENTS: list[tuple[str, dict[str, Any]]] = [
             "outputs": [{"name": "y_BYTES"}, {"name": "y_INT64"}],
         },
     ),
+    ("/v2/logging", {"log_verbose_level": 0, "log_info": True, "log_format": "default"}),
+    ("/v2/repository/index", {"ready": True}),
+    ("/v2/repository/models/none/load", {"parameters": {"config": "{}"}}),
+    ("/v2/repository/models/none/unload", {"parameters": {"unload_dependents": False}}),
 ]
 SMALL = tensor("x", "FP32", [1, 4], [])
 # Header documents and the bytes behind them.
@@ -230,10 +242,7 @@ def mutated_document(draw: Any, base: dict[str, Any]) -> bytes:
             break
     text = json.dumps(holder.get("", None), ensure_ascii=draw(st.booleans()))
     text = MARKER.sub(lambda found: RAW_TOKENS[int(found[1]) % len(RAW_TOKENS)], text)
-    data = text.encode("utf-8", "surrogatepass")
-    if draw(st.integers(0, 39)) == 0:  # over 1 MB another parser takes it
-        data = data[:1] + b" " * 1_050_000 + data[1:]
-    return data
+    return text.encode("utf-8", "surrogatepass")
 
 
 @st.composite
@@ -278,6 +287,16 @@ header_lengths = st.sampled_from(
 )
 
 
+@dataclass(frozen=True)
+class Post:
+    """One inference over REST; `padding_bytes` of white space behind the first byte make a body big, not its `repr`."""
+
+    path: str
+    headers: dict[str, str]
+    body: bytes
+    padding_bytes: int = 0
+
+
 # --- the clients ------------------------------------------------------------------------------------------------------
 
 
@@ -315,8 +334,9 @@ class Target:
         self.sent[kind] += 1
         self.statuses[f"{kind} {status}"] += 1
 
-    def infer(self, kind: str, model: str, headers: dict[str, str], body: bytes) -> None:
-        status, got, answer = self.post(f"/v2/models/{model}/infer", headers, body)
+    def infer(self, kind: str, request: Post) -> None:
+        body = request.body[:1] + b" " * request.padding_bytes + request.body[1:]
+        status, got, answer = self.post(request.path, request.headers, body)
         self.count(kind, status)
         check_answer(status, {name.lower(): value for name, value in got.items()}, answer)
 
@@ -350,7 +370,11 @@ def run(count: int, number: int, strategy: st.SearchStrategy[Any], act: Callable
     )
     @given(strategy)
     def ask(example: Any) -> None:
-        act(example)
+        try:
+            act(example)
+        except Exception as error:
+            error.add_note(f"sent: {example!r}"[:3000])
+            raise
 
     ask()
 
@@ -377,7 +401,8 @@ def fuzz_openapi(target: Target, count: int, number: int) -> None:
             response = case.call(base_url=url, session=session, timeout=ANSWER_DEADLINE_S)
             target.count("openapi", response.status_code)
             headers = {name: values[0] for name, values in response.headers.items()}
-            check_answer(response.status_code, headers, response.content)
+            if response.request.method != "HEAD":
+                check_answer(response.status_code, headers, response.content)
 
         modes = (schemathesis.GenerationMode.POSITIVE, schemathesis.GenerationMode.NEGATIVE)
         for index, operation in enumerate(operations):
@@ -393,11 +418,11 @@ def fuzz_openapi(target: Target, count: int, number: int) -> None:
 
 
 def fuzz_json(target: Target, count: int, number: int) -> None:
-    """Send infer documents with faults, some of them encoded, rightly or not."""
+    """Send documents with faults, some of them encoded, rightly or not."""
 
     @st.composite
-    def asked(draw: Any) -> tuple[str, dict[str, str], bytes]:
-        model, document = draw(st.sampled_from(DOCUMENTS))
+    def asked(draw: Any) -> Post:
+        path, document = draw(st.sampled_from(DOCUMENTS))
         body, headers = draw(mutated_document(document)), draw(other_headers)
         encoding = draw(st.sampled_from([None] * 8 + ["gzip", "deflate", "identity", "br", "gzip, gzip", "\xff"]))
         if encoding is not None:
@@ -405,16 +430,18 @@ def fuzz_json(target: Target, count: int, number: int) -> None:
             body = ENCODINGS.get(encoding, bytes)(body)
             if draw(st.booleans()):
                 body = draw(mutated_bytes(body))
-        return model, headers, body
+        # A document over 1 MB is read by another parser.
+        is_big = encoding is None and draw(st.integers(0, 29)) == 0
+        return Post(path, headers, body, BIG_BODY_BYTES if is_big else 0)
 
-    run(count, number, asked(), lambda request: target.infer("json", *request))
+    run(count, number, asked(), functools.partial(target.infer, "json"))
 
 
 def fuzz_binary(target: Target, count: int, number: int) -> None:
     """Send binary tensors whose header document, bytes or header length have faults."""
 
     @st.composite
-    def asked(draw: Any) -> tuple[str, dict[str, str], bytes]:
+    def asked(draw: Any) -> Post:
         model, document, blobs = draw(st.sampled_from(BINARIES))
         header, headers = json.dumps(document).encode(), draw(other_headers)
         where = draw(st.sampled_from(["document", "blobs", "length", "body", "raw"]))
@@ -429,9 +456,9 @@ def fuzz_binary(target: Target, count: int, number: int) -> None:
             length = draw(header_lengths | st.integers(-2, len(body) + 2).map(str))
         if where == "raw":  # without a document: the model's one input
             model, body, length = draw(st.sampled_from(["iris", "text", "mixed"])), blobs, "0"
-        return model, headers | {"inference-header-content-length": length}, body
+        return Post(infer_path(model), headers | {"inference-header-content-length": length}, body)
 
-    run(count, number, asked(), lambda request: target.infer("binary", *request))
+    run(count, number, asked(), functools.partial(target.infer, "binary"))
 
 
 def raw_requests() -> list[bytes]:
@@ -655,8 +682,8 @@ def good_answers(target: Target) -> list[bytes]:
     model, document, blobs = BINARIES[1]
     header = json.dumps(document).encode()
     for path, headers, body in (
-        ("/v2/models/iris/infer", {}, json.dumps(IRIS).encode()),
-        (f"/v2/models/{model}/infer", {"inference-header-content-length": str(len(header))}, header + blobs),
+        (infer_path("iris"), {}, json.dumps(IRIS).encode()),
+        (infer_path(model), {"inference-header-content-length": str(len(header))}, header + blobs),
     ):
         status, _, answer = target.post(path, headers, body)
         assert status == 200, answer
@@ -700,6 +727,7 @@ def target(request: pytest.FixtureRequest, models: list[Path]) -> Iterator[Targe
         target = Target(server)
         yield target
         target.close()
+        print(*[line for line in server.stderr if '"level": "error"' in line])  # shown where the test failed
 
 
 def test_fuzzed_requests_get_answers_and_leave_no_trace(target: Target, capsys: pytest.CaptureFixture[str]) -> None:
