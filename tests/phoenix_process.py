@@ -85,13 +85,13 @@ def wait_until(condition: Callable[[], bool], what: str, deadline_s: float = STA
 def _read(
     process: subprocess.Popen[str], stderr: list[str], ready: list[dict[str, Any]], changed: threading.Condition
 ) -> None:
-    """Collect the log; tell when the line "ready" comes or the process ends."""
+    """Collect the log; tell when the line with the addresses comes or the process ends."""
     assert process.stderr is not None
     for line in process.stderr:
         stderr.append(line)
         with contextlib.suppress(json.JSONDecodeError):
             record = json.loads(line)
-            if isinstance(record, dict) and record.get("message") == "ready":
+            if isinstance(record, dict) and "rest" in record:
                 with changed:
                     ready.append(record)
                     changed.notify_all()

@@ -113,7 +113,7 @@ async def serve(
         async with running(settings, manifests, paths) as server:
             is_up = True
             _log.info(
-                "ready",
+                "ready" if server.plane.is_ready() else "serving, not ready: some models could not be loaded",
                 extra={
                     "rest": f"http://{_reachable(settings.host)}:{server.http_port}",
                     "grpc": f"{_reachable(settings.host)}:{server.grpc_port}",

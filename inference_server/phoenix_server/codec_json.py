@@ -63,20 +63,29 @@ def parse_big(body: bytes | memoryview) -> Mapping[str, Any]:
 
     try:
         document = simdjson.Parser().parse(body if isinstance(body, bytes) else bytes(body))
-    except (ValueError, RuntimeError):
-        return parse(body)  # rare: orjson words the fault, or takes an integer beyond 64 bits as a float
-    if not isinstance(document, simdjson.Object):
-        raise invalid(f"the body must be a JSON object, got {_kind(document)}")
-    # Small things as Python objects; only `data` stays simdjson's. (`items()` would convert that too.)
+        if not isinstance(document, simdjson.Object):
+            raise invalid(f"the body must be a JSON object, got {_kind(document)}")
+        plain = _plain_document(document)
+    except (ValueError, RuntimeError, KeyError):
+        # Rare: orjson words the fault, or takes what simdjson does not (integers beyond 64 bits, NUL in a name).
+        return parse(body)
+    # A buffer forgets how its numbers were nested; where the brackets do not add up, orjson looks at each of them.
+    return plain if _brackets(body) == _expected_brackets(plain) else parse(body)
+
+
+def _plain_document(document: Any) -> dict[str, Any]:
+    """Return a simdjson object with small things as Python objects; only `data` stays simdjson's.
+
+    (`items()` would convert that too.)
+    """
     plain: dict[str, Any] = {}
     for key in document.keys():  # noqa: SIM118 - a simdjson object, whose iteration is not a dict's
         value = document[key]
-        if key == "inputs" and isinstance(value, simdjson.Array):
-            plain[key] = [_plain_input(item) if isinstance(item, simdjson.Object) else _plain(item) for item in value]
+        if key == "inputs" and hasattr(value, "as_list"):
+            plain[key] = [_plain_input(item) if hasattr(item, "as_dict") else _plain(item) for item in value]
         else:
             plain[key] = _plain(value)
-    # A buffer forgets how its numbers were nested; where the brackets do not add up, orjson looks at each of them.
-    return plain if _brackets(body) == _expected_brackets(plain) else parse(body)
+    return plain
 
 
 def _brackets(body: bytes | memoryview) -> int:

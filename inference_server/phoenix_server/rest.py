@@ -10,6 +10,7 @@ from fastapi import Depends, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import PlainTextResponse, RedirectResponse
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.routing import Match
 
 from phoenix_server import __version__, codec_json
@@ -54,7 +55,10 @@ _ROUTER_CODES = {404: Code.NOT_FOUND, 405: Code.METHOD_NOT_ALLOWED}
 
 async def _json_object(request: Request) -> dict[str, Any]:
     """Return a small JSON body whatever its content type says (stock clients send none); {} if there is none."""
-    body = await request.body()
+    try:
+        body = await request.body()
+    except ClientDisconnect:  # or refused by `http_server`; nobody reads this answer
+        raise PhoenixError(Code.CANCELLED, "the client went away") from None
     return codec_json.parse(body) if body.strip() else {}
 
 
