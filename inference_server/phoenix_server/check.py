@@ -8,7 +8,8 @@ from phoenix_api import Manifest
 from phoenix_server.app import new_store
 from phoenix_server.errors import ModelLoadError, Reason
 from phoenix_server.metrics import Metrics
-from phoenix_server.repository import Repository, ServedModel
+from phoenix_server.repository import Repository
+from phoenix_server.served_model import ServedModel
 from phoenix_server.settings import Settings
 from phoenix_server.tensors import TensorSpec
 
@@ -32,7 +33,7 @@ async def _check(settings: Settings, manifests: Iterable[Manifest]) -> int:
             print(f"{name} version {version} ({manifest.file})\n  FAILED    {error.reason}: {error.message}\n")
             continue
         model = repository.get(name, version)
-        capacity = await repository.measure(model) if settings.measure_capacity else None
+        capacity = await model.measure() if settings.measure_capacity else None
         print(f"{name} version {version} ({manifest.file})")
         for label, value in _facts(model):
             print(f"  {label:9} {value}")

@@ -17,7 +17,8 @@ from phoenix_server.engine import CPU_PROVIDER, RUNTIME_VERSION
 from phoenix_server.errors import Code, Outcome, PhoenixError
 from phoenix_server.metrics import Metrics
 from phoenix_server.metrics import Protocol as Transport
-from phoenix_server.repository import Repository, ServedModel, State
+from phoenix_server.repository import Repository, State
+from phoenix_server.served_model import ServedModel
 from phoenix_server.tensors import InferRequest, InferResponse, TensorSpec
 from phoenix_server.tracing import Tracer
 

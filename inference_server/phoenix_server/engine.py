@@ -5,11 +5,9 @@ run happens. `repository` loads; `batching` runs through the `Runner`s at the en
 """
 
 import contextlib
-import hashlib
 import logging
 import math
 import os
-import platform
 import queue
 import re
 import threading
@@ -35,6 +33,7 @@ from onnxruntime.capi.onnxruntime_pybind11_state import (
 )
 
 from phoenix_server.errors import Code, ModelLoadError, PhoenixError, Reason
+from phoenix_server.graph_cache import OptimizedGraph
 from phoenix_server.onnx_file import OnnxFacts
 from phoenix_server.tensors import DTYPE_OF_ONNX, Array, DType, Signature, TensorSpec
 
@@ -56,6 +55,7 @@ INLINE_BELOW_S = 0.0002
 # Smaller models load in milliseconds anyway.
 _OPTIMIZED_CACHE_FROM_BYTES = 1 << 20
 RUNTIME_VERSION: str = ort.__version__
+_Providers = list[str | tuple[str, dict[str, str]]]
 
 
 @dataclass(slots=True)
@@ -213,10 +213,10 @@ def intra_op_threads(asked: int, cpus: float) -> int:
     return asked or max(1, math.ceil(cpus or len(os.sched_getaffinity(0))))
 
 
-def _providers(options: EngineOptions) -> list[str | tuple[str, dict[str, str]]]:
+def _providers(options: EngineOptions) -> _Providers:
     """Return the provider list for a session; only what this build of the runtime has, or creation would print."""
     available = set(ort.get_available_providers())
-    chosen: list[str | tuple[str, dict[str, str]]] = []
+    chosen: _Providers = []
     for name in PROVIDERS.get(options.provider or "", ()):
         if name in available:
             own = dict(options.provider_options or {}) if not chosen else {}
@@ -224,28 +224,51 @@ def _providers(options: EngineOptions) -> list[str | tuple[str, dict[str, str]]]
     return [*chosen, CPU_PROVIDER]
 
 
-def _session(
-    model: ModelFile, options: EngineOptions, providers: list[str | tuple[str, dict[str, str]]]
+def _session(model: ModelFile, options: EngineOptions, providers: _Providers) -> ort.InferenceSession:
+    cached = _cached_graph(model, options, providers)
+    if cached is not None and (path := cached.find()) is not None:
+        try:
+            return _open(path, options, providers, level=ort.GraphOptimizationLevel.ORT_DISABLE_ALL)
+        except _ORT_ERRORS as error:
+            cached.drop(str(error))
+    partial = None if cached is None else cached.begin()
+    try:
+        session = _open(model.path, options, providers, write_to=partial)
+    except _ORT_ERRORS as error:
+        raise _load_error(model, error) from error
+    if cached is not None and partial is not None:
+        cached.commit(partial)
+    return session
+
+
+def _open(
+    path: Path,
+    options: EngineOptions,
+    providers: _Providers,
+    *,
+    level: ort.GraphOptimizationLevel = ort.GraphOptimizationLevel.ORT_ENABLE_ALL,
+    write_to: Path | None = None,
 ) -> ort.InferenceSession:
+    """Return a session on the graph at `path`, optimised to `level`; the optimised graph goes to `write_to`."""
     settings = ort.SessionOptions()
     settings.log_severity_level = 4  # failures come as exceptions; the rest is noise in a JSON log
     settings.intra_op_num_threads = options.threads
     settings.inter_op_num_threads = 1
+    settings.graph_optimization_level = level
     if options.instances > 1 or options.threads == 1:
         settings.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    cache = _OptimizedGraph.of(model, options, providers)
-    if cache is not None and (session := cache.open(settings, providers)) is not None:
-        return session
-    if cache is not None:
-        cache.prepare(settings)
-    try:
-        session = ort.InferenceSession(str(model.path), settings, providers=providers)
-    except _ORT_ERRORS as error:
-        raise _load_error(model, error) from error
+    if write_to is not None:
+        settings.optimized_model_filepath = str(write_to)
+    session = ort.InferenceSession(str(path), settings, providers=providers)
     session.disable_fallback()  # a device that fails must be an error, not a quiet move to the CPU
-    if cache is not None:
-        cache.commit()
     return session
+
+
+def _cached_graph(model: ModelFile, options: EngineOptions, providers: _Providers) -> OptimizedGraph | None:
+    """Return the place of this model's optimised graph; None where caching it would not pay, or not work."""
+    if options.cache_dir is None or model.facts.external_files or model.size_bytes < _OPTIMIZED_CACHE_FROM_BYTES:
+        return None
+    return OptimizedGraph(options.cache_dir, (model.sha256, providers, RUNTIME_VERSION, options.threads))
 
 
 def _load_error(model: ModelFile, error: Exception) -> ModelLoadError:
@@ -307,83 +330,6 @@ def _spec(node: ort.NodeArg, kind: str) -> TensorSpec:
             "(scikit-learn exporters: turn zipmap off)",
         )
     return TensorSpec(node.name, dtype, tuple(size if isinstance(size, int) else -1 for size in node.shape))
-
-
-@dataclass(slots=True)
-class _OptimizedGraph:
-    """A cached optimised graph: `<key>.onnx` with its own digest beside it, both put in place by rename."""
-
-    path: Path
-    partial: Path
-
-    @classmethod
-    def of(
-        cls, model: ModelFile, options: EngineOptions, providers: list[str | tuple[str, dict[str, str]]]
-    ) -> "_OptimizedGraph | None":
-        if options.cache_dir is None or model.facts.external_files or model.size_bytes < _OPTIMIZED_CACHE_FROM_BYTES:
-            return None
-        key = repr((model.sha256, providers, _device(), RUNTIME_VERSION, options.threads)).encode()
-        folder = options.cache_dir / "optimized"
-        name = hashlib.sha256(key).hexdigest()
-        return cls(folder / f"{name}.onnx", folder / f"{name}.{os.getpid()}.{threading.get_ident()}.partial")
-
-    @property
-    def _digest(self) -> Path:
-        return self.path.with_suffix(".sha256")
-
-    def open(
-        self, settings: ort.SessionOptions, providers: list[str | tuple[str, dict[str, str]]]
-    ) -> ort.InferenceSession | None:
-        """Return a session on the cached graph; a file that is damaged is deleted and None returned."""
-        if not self.path.exists():
-            return None
-        try:
-            if _sha256(self.path) != self._digest.read_text():
-                raise OSError("digest differs")
-            level = settings.graph_optimization_level
-            settings.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-            try:
-                session = ort.InferenceSession(str(self.path), settings, providers=providers)
-            finally:
-                settings.graph_optimization_level = level
-            session.disable_fallback()
-            return session
-        except (OSError, *_ORT_ERRORS) as error:
-            _log.warning("dropping a damaged optimised graph", extra={"cause": str(error)})
-            with contextlib.suppress(OSError):
-                self.path.unlink(missing_ok=True)
-                self._digest.unlink(missing_ok=True)
-            return None
-
-    def prepare(self, settings: ort.SessionOptions) -> None:
-        """Ask the runtime to write the graph while it loads the model."""
-        with contextlib.suppress(OSError):
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.partial.touch()
-            settings.optimized_model_filepath = str(self.partial)
-
-    def commit(self) -> None:
-        """Put what the runtime wrote in place."""
-        with contextlib.suppress(OSError):
-            if self.partial.stat().st_size:
-                self._digest.write_text(_sha256(self.partial))
-                self.partial.rename(self.path)
-            else:
-                self.partial.unlink()
-
-
-def _device() -> str:
-    """Return the CPU's name: an optimised graph may hold layouts for one kind of processor."""
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith(("model name", "CPU part")):
-                return line.split(":", 1)[1].strip()
-    return platform.machine()
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _execute(engine: Engine, run: Run, instance: int = 0) -> None:

@@ -53,6 +53,8 @@ REFLECTION_SERVICE = "grpc.reflection.v1alpha.ServerReflection"
 _MAX_STATUS_BYTES = 4096
 # Requests of one stream that are answered at the same time; beyond, the stream is not read.
 _STREAM_WINDOW = 64
+# An engine ends a call at its deadline by a clock of its own.
+_CLOCK_SKEW_S = 0.01
 # How soon a health watcher learns of a change.
 _WATCH_INTERVAL_S = 0.1
 _HEALTH = health_pb2.HealthCheckResponse
@@ -193,7 +195,7 @@ class Servicer:
             failure = error
             raise
         except asyncio.CancelledError:
-            is_late = _seconds_left(context) <= 0
+            is_late = _seconds_left(context) <= _CLOCK_SKEW_S
             failure = _deadline() if is_late else PhoenixError(Code.CANCELLED, "the client went away")
             raise
         except Exception as error:

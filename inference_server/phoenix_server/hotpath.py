@@ -22,7 +22,7 @@ from phoenix_server.auth import ApiKeys
 from phoenix_server.codec_json import OutputForms
 from phoenix_server.dataplane import DataPlane
 from phoenix_server.errors import Code, PhoenixError, invalid
-from phoenix_server.repository import ServedModel
+from phoenix_server.served_model import ServedModel
 from phoenix_server.tensors import InferRequest
 
 _log = logging.getLogger(__name__)

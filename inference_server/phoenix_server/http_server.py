@@ -20,7 +20,7 @@ from uvicorn.server import ServerState
 from phoenix_server import hotpath
 from phoenix_server.errors import Code, PhoenixError, Reason, StartError, invalid
 from phoenix_server.hotpath import AsgiApp, Headers, HttpReply, InferEndpoint
-from phoenix_server.repository import ServedModel
+from phoenix_server.served_model import ServedModel
 from phoenix_server.settings import Settings
 
 _log = logging.getLogger(__name__)

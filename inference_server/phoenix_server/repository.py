@@ -7,23 +7,17 @@ and takes over in one assignment; whatever fails, what served before goes on ser
 import asyncio
 import contextlib
 import logging
-import time
-from collections.abc import Callable, Coroutine, Iterable, Iterator
+from collections.abc import Coroutine, Iterable, Iterator
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 
-from phoenix_api import Manifest, ManifestError, PhoenixModelSpec, read_manifests
-from phoenix_server import capacity, engine
-from phoenix_server.artifacts import Artifact, ArtifactStore
-from phoenix_server.batching import Batcher
-from phoenix_server.capacity import Capacity
-from phoenix_server.engine import Engine, EngineOptions, ModelFile, Runner
+from phoenix_api import Manifest, ManifestError, read_manifests
+from phoenix_server.artifacts import ArtifactStore
 from phoenix_server.errors import Code, ModelLoadError, PhoenixError, Reason
-from phoenix_server.metrics import Metrics, ModelMetrics
-from phoenix_server.onnx_file import OnnxFileError, read_facts
+from phoenix_server.metrics import Metrics
+from phoenix_server.served_model import Loader, ServedModel, stamps_of
 from phoenix_server.settings import Settings
-from phoenix_server.tensors import Signature
 
 _log = logging.getLogger(__name__)
 # Traffic-free time after which the capacity measurement may (re)start.
@@ -39,31 +33,6 @@ class State(StrEnum):
     LOADING = "LOADING"
     UNLOADING = "UNLOADING"
     UNAVAILABLE = "UNAVAILABLE"
-
-
-@dataclass(slots=True, eq=False)
-class ServedModel:
-    """One loaded version with everything a request needs. `max_request_bytes` bounds the (decompressed) body."""
-
-    name: str
-    version: str
-    manifest: Manifest
-    artifact: Artifact
-    engine: Engine
-    runner: Runner
-    batcher: Batcher
-    metrics: ModelMetrics
-    signature: Signature
-    max_batch_rows: int
-    max_request_bytes: int
-    loaded_at_s: float
-    stamps: tuple[tuple[int, int], ...]
-    capacity: Capacity | None = None
-
-    @property
-    def spec(self) -> PhoenixModelSpec:
-        """The manifest's spec."""
-        return self.manifest.model.spec
 
 
 @dataclass(slots=True)
@@ -84,12 +53,11 @@ class Repository:
     def __init__(self, settings: Settings, metrics: Metrics, store: ArtifactStore) -> None:
         self._settings = settings
         self._metrics = metrics
-        self._store = store
+        self._loader = Loader(settings, metrics, store)
         self._slots: dict[_Key, _Slot] = {}
         # (name, version) and (name, "") -> what answers; the one look-up of the hot path.
         self._answering: dict[_Key, ServedModel] = {}
         self._tasks: set[asyncio.Task[None]] = set()
-        self._last_busy_s = 0.0
         self._is_started = False
         self.is_draining = False
 
@@ -169,9 +137,8 @@ class Repository:
             slot.is_wanted = True
             if slot.served is None:
                 slot.state, slot.reason = State.LOADING, ""
-            started = time.perf_counter()
             try:
-                served = await self._build(manifest)
+                served = await self._loader.load(manifest)
             except ModelLoadError as error:
                 slot.state = State.READY if slot.served else State.UNAVAILABLE
                 slot.reason = f"{error.reason}: {error.message}"
@@ -180,7 +147,6 @@ class Repository:
                                                "cause": error.message, "still_serving": slot.served is not None},
                 )  # fmt: skip
                 raise
-            served.metrics.load_s = time.perf_counter() - started
             old, slot.served, slot.manifest = slot.served, served, manifest
             slot.state, slot.reason = State.READY, ""
             self._route()
@@ -192,7 +158,7 @@ class Repository:
             },
         )  # fmt: skip
         if old is not None:
-            self._spawn(self._retire(old))
+            self._spawn(old.retire(self._settings.shutdown_seconds))
         if self._settings.measure_capacity:
             self._spawn(self._measure_when_quiet(served))
 
@@ -208,7 +174,7 @@ class Repository:
                 slot.state, slot.reason = State.UNLOADING, "unloaded by request"
                 self._route()
                 if served is not None:
-                    await self._retire(served)
+                    await served.retire(self._settings.shutdown_seconds)
                 slot.state = State.UNAVAILABLE
 
     async def load_named(self, name: str) -> None:
@@ -237,7 +203,7 @@ class Repository:
         for key, manifest in declared.items():
             slot = self._slots.get(key)
             if slot is None or slot.manifest.model != manifest.model or slot.state is State.UNAVAILABLE or (
-                slot.served is not None and slot.served.stamps != _stamps(slot.served.artifact)
+                slot.served is not None and slot.served.stamps != stamps_of(slot.served.artifact)
             ):  # fmt: skip
                 with contextlib.suppress(ModelLoadError):  # logged and kept as the slot's reason
                     await self.load(manifest)
@@ -272,7 +238,7 @@ class Repository:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         served = self.served()
         self._answering.clear()
-        await asyncio.gather(*(self._retire(model) for model in served))
+        await asyncio.gather(*(model.retire(self._settings.shutdown_seconds) for model in served))
 
     # --- how -------------------------------------------------------------------------------------------------
 
@@ -286,75 +252,6 @@ class Repository:
             )
         return slot
 
-    async def _build(self, manifest: Manifest) -> ServedModel:
-        spec = manifest.model.spec
-        self._refuse_unsupported(spec)
-        name, version = _key(manifest)
-        artifact = await self._store.fetch(
-            spec.model.uri,
-            sha256=spec.model.sha256,
-            beside=manifest.file.parent,
-            credentials=self._credentials() if spec.model.credentials else None,
-        )
-        stamps = _stamps(artifact)
-        loaded = await asyncio.to_thread(self._load_engine, artifact, manifest)
-        objective = spec.autoscaling.target_latency if spec.autoscaling else None
-        metrics = self._metrics.model(name, version, slo_s=float(objective.value) if objective else None)
-        metrics.provider, metrics.digest = loaded.provider, artifact.sha256
-        runner = loaded.runner(asyncio.get_running_loop().call_soon_threadsafe)
-        max_rows = spec.batching.max_rows if loaded.signature.is_batchable else 1
-        batcher = _batcher(runner, metrics, manifest, max_rows)
-        metrics.queued_rows = batcher.waiting_rows
-        return ServedModel(
-            name=name, version=version, manifest=manifest, artifact=artifact, engine=loaded, runner=runner,
-            batcher=batcher, metrics=metrics, signature=loaded.signature, max_batch_rows=max_rows,
-            max_request_bytes=int(spec.limits.max_request_bytes.value), loaded_at_s=time.time(), stamps=stamps,
-        )  # fmt: skip
-
-    def _load_engine(self, artifact: Artifact, manifest: Manifest) -> Engine:
-        spec, accelerator = manifest.model.spec, manifest.model.spec.runtime.accelerator
-        try:
-            facts = read_facts(artifact.path)
-        except OnnxFileError as error:
-            raise ModelLoadError(Reason.INVALID_MODEL, f"{artifact.path.name}: {error}") from error
-        options = EngineOptions(
-            provider=accelerator.provider if accelerator else None,
-            provider_options=accelerator.provider_options if accelerator else None,
-            must_accelerate=accelerator is not None and accelerator.policy == "Require",
-            threads=engine.intra_op_threads(spec.runtime.threads, self._settings.cpus),
-            instances=spec.runtime.instances,
-            warmup_iterations=spec.warmup.iterations,
-            warmup_rows=spec.warmup.rows,
-            cache_dir=self._settings.state_dir,
-        )
-        return engine.load(ModelFile(artifact.path, artifact.sha256, facts, artifact.size_bytes), options)
-
-    @staticmethod
-    def _refuse_unsupported(spec: PhoenixModelSpec) -> None:
-        """Nothing that a manifest asks for is dropped in silence."""
-        bindings = spec.bindings
-        asked = [
-            name
-            for name, value in (
-                ("spec.features", spec.features),
-                ("spec.bindings.kafka", bindings and bindings.kafka),
-                ("spec.bindings.postgres", bindings and bindings.postgres),
-            )
-            if value
-        ]
-        if asked:
-            raise ModelLoadError(
-                Reason.INVALID_SPEC, f"{', '.join(asked)}: not served by this version of phoenix-server; remove it"
-            )
-        if spec.networking and spec.networking.rate_limit:
-            _log.warning("spec.networking.rateLimit is not enforced by this version of phoenix-server")
-
-    def _credentials(self) -> dict[str, str]:
-        folder = self._settings.model_credentials_dir
-        if not folder.is_dir():
-            return {}
-        return {file.name: file.read_text().strip() for file in sorted(folder.iterdir()) if file.is_file()}
-
     def _route(self) -> None:
         """Recompute who answers; the newest version answers where none is named."""
         answering: dict[_Key, ServedModel] = {}
@@ -362,16 +259,6 @@ class Repository:
             if slot.served is not None:
                 answering[name, version] = answering[name, ""] = slot.served
         self._answering = answering
-
-    async def _retire(self, model: ServedModel) -> None:
-        """Let a version that no longer answers finish what it has, then free it."""
-        try:
-            async with asyncio.timeout(self._settings.shutdown_seconds):
-                await model.batcher.drain()
-        except TimeoutError:
-            _log.error("requests were still running when the version was freed", extra={"model": model.name})
-        model.runner.close()
-        model.engine.close()
 
     async def _measure_when_quiet(self, model: ServedModel) -> None:
         """Measure capacity while no request is in flight; start again later when one comes."""
@@ -384,38 +271,14 @@ class Repository:
             await asyncio.sleep(_QUIET_S)
             if not is_quiet() or not self._is_started:
                 continue
-            measured = await self.measure(model, may_go_on=is_quiet)
+            measured = await model.measure(may_go_on=is_quiet)
             if measured is not None or is_quiet():
                 return
-
-    async def measure(self, model: ServedModel, *, may_go_on: Callable[[], bool] = lambda: True) -> Capacity | None:
-        """Measure a loaded model's capacity and publish it."""
-        model.capacity = await capacity.measure(
-            model.engine,
-            lambda metrics: _batcher(model.runner, metrics, model.manifest, model.max_batch_rows),
-            slo_s=model.metrics.slo_s,
-            may_go_on=may_go_on,
-        )
-        if model.capacity is not None:
-            model.metrics.capacity_concurrency = model.capacity.concurrency
-        return model.capacity
 
     def _spawn(self, work: Coroutine[None, None, None]) -> None:
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-
-
-def _batcher(runner: Runner, metrics: ModelMetrics, manifest: Manifest, max_rows: int) -> Batcher:
-    spec = manifest.model.spec
-    return Batcher(
-        runner,
-        metrics,
-        max_rows=max_rows,
-        max_queued_rows=spec.limits.max_queued_rows,
-        max_delay_s=spec.batching.max_delay_milliseconds / 1000,
-        timeout_s=spec.limits.timeout_seconds,
-    )
 
 
 def _key(manifest: Manifest) -> _Key:
@@ -425,16 +288,6 @@ def _key(manifest: Manifest) -> _Key:
 def _age(version: str) -> tuple[int, str]:
     """Order versions: numbers by value, before anything else by name."""
     return (int(version), "") if version.isdecimal() else (-1, version)
-
-
-def _stamps(artifact: Artifact) -> tuple[tuple[int, int], ...]:
-    """Return what changes when a file of the artifact is written or replaced."""
-    stamps = []
-    for file in artifact.files:
-        with contextlib.suppress(OSError):
-            stat = file.stat()
-            stamps.append((stat.st_mtime_ns, stat.st_size))
-    return tuple(stamps)
 
 
 def _fingerprint(paths: Iterable[Path], files: Iterable[Path]) -> dict[Path, tuple[int, int, int]]:

@@ -44,10 +44,10 @@ pytestmark = pytest.mark.slow
 EXAMPLES = Path(__file__).parents[2] / "examples"
 SEED = 20_261
 ANSWER_DEADLINE_S = 20.0
-# Requests of each kind, for one engine; a tenth of them again, of another seed, warm the server up.
+# Requests of each kind, for each engine; before them a tenth, of another seed, warms the server up.
 COUNTS = {"openapi": 400, "json": 1800, "binary": 1000, "raw": 1000, "grpc": 1000}
-# What the allocator keeps of bodies over 1 MB that worker threads parsed (an arena of each thread) is no leak, and nor
-# are pools of native libraries; a leak of one body in each thousand requests would be over this bound by far.
+# What the allocator keeps of bodies over 1 MB that worker threads parsed (an arena of each thread) is no leak: it comes
+# to 30 to 40 MiB, and stays there however often the whole is repeated. 12 kB lost at each request would be too much.
 MAX_GROWTH_BYTES = 64 << 20
 # The server's timeouts are short, so that requests that never end are answered (408) while the test waits.
 ENV = {
@@ -305,6 +305,7 @@ class Target:
     """A server under fire: how it is asked, what is demanded of each answer, and what was sent."""
 
     server: Running
+    engine: str
     sent: Counter[str] = field(default_factory=Counter)
     statuses: Counter[str] = field(default_factory=Counter)
     _http: http.client.HTTPConnection | None = None
@@ -394,7 +395,7 @@ def fuzz_openapi(target: Target, count: int, number: int) -> None:
             named = case.path_parameters or {}
             if operation.path.endswith("load"):  # "unload" as well
                 assume(named["name"] not in ("iris", "text", "mixed"))
-            elif "name" in named and zlib.crc32(repr(named).encode("utf-8", "surrogatepass")) % 2:
+            elif "name" in named and zlib.crc32(repr(named).encode("utf-8", "surrogatepass")) % 4:
                 named["name"] = "iris"
             if operation.path == "/v2/logging" and isinstance(case.body, dict):
                 case.body.pop("log_error", None)  # the log is read at the end
@@ -668,7 +669,6 @@ def fuzz_grpc(target: Target, count: int, number: int) -> None:
 # --- the test ---------------------------------------------------------------------------------------------------------
 
 KINDS = {
-    "openapi": fuzz_openapi,
     "json": fuzz_json,
     "binary": fuzz_binary,
     "raw": fuzz_raw,
@@ -724,7 +724,7 @@ def check_log(server: Running) -> None:
 @pytest.fixture(params=["native", "grpcio"])
 def target(request: pytest.FixtureRequest, models: list[Path]) -> Iterator[Target]:
     with phoenix_process.start(models, ENV | {"PHOENIX_GRPC_ENGINE": request.param}) as server:
-        target = Target(server)
+        target = Target(server, request.param)
         yield target
         target.close()
         print(*[line for line in server.stderr if '"level": "error"' in line])  # shown where the test failed
@@ -739,6 +739,8 @@ def test_fuzzed_requests_get_answers_and_leave_no_trace(target: Target, capsys: 
     target.close()
     memory = resident_bytes(server)
 
+    if target.engine == "native":  # REST has nothing to do with the engine, and schemathesis takes its time
+        fuzz_openapi(target, COUNTS["openapi"], 0)
     for number, (kind, fuzz) in enumerate(KINDS.items()):
         t0 = time.monotonic()
         fuzz(target, COUNTS[kind], 1_000_000 * (number + 1))

@@ -150,7 +150,7 @@ def serve(engine: str, models: Path, tmp_path: Path) -> Serve:
         settings = Settings(**values)
         metrics = Metrics()
         repository = Repository(settings, metrics, ArtifactStore(model_store=models, cache_dir=settings.state_dir))
-        plane = DataPlane(repository, metrics)
+        plane = DataPlane(repository, metrics, is_access_logged=settings.access_log)
         server = GrpcServer(plane, settings, keys, LogSettings(), max_message_bytes=1 << 20)
         port = await server.start()
         try:
@@ -814,7 +814,7 @@ def test_inferences_are_logged_when_asked(serve: Serve, caplog: pytest.LogCaptur
             async with fails(grpc.StatusCode.INVALID_ARGUMENT):
                 await at.infer(echo(id="b", inputs=[]))
         lines = [vars(record) for record in caplog.records if record.name == "phoenix_server.access"]
-        assert [(line["request_id"], line["status"]) for line in lines] == [("a", "OK"), ("b", "INVALID_ARGUMENT")]
+        assert [(line["request_id"], line["outcome"]) for line in lines] == [("a", "ok"), ("b", "client_error")]
         assert lines[0]["traceparent"] == "00-1-2-01"
 
     serve(scenario, access_log=True)
