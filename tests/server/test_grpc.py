@@ -809,15 +809,15 @@ def test_start_without_pygrpc_native_falls_back_or_says_so(monkeypatch: pytest.M
 
 def test_inferences_are_logged_when_asked(serve: Serve, caplog: pytest.LogCaptureFixture) -> None:
     async def scenario(at: Running) -> None:
-        with caplog.at_level(logging.INFO, "phoenix_server.access"):
-            await at.infer(echo(id="a"), metadata=(("traceparent", "00-1-2-01"),))
-            async with fails(grpc.StatusCode.INVALID_ARGUMENT):
-                await at.infer(echo(id="b", inputs=[]))
+        await at.infer(echo(id="a"), metadata=(("traceparent", "00-1-2-01"),))
+        async with fails(grpc.StatusCode.INVALID_ARGUMENT):
+            await at.infer(echo(id="b", inputs=[]))
         lines = [vars(record) for record in caplog.records if record.name == "phoenix_server.access"]
         assert [(line["request_id"], line["outcome"]) for line in lines] == [("a", "ok"), ("b", "client_error")]
         assert lines[0]["traceparent"] == "00-1-2-01"
 
-    serve(scenario, access_log=True)
+    with caplog.at_level(logging.INFO):
+        serve(scenario, access_log=True)
 
 
 # --- stock clients, in processes of their own because both fill protobuf's process-wide pool --------------------------
