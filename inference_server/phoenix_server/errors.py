@@ -58,6 +58,8 @@ class PhoenixError(Exception):
         self.code = code
         self.message = message
         self.retry_after_s = retry_after_s
+        # The caller's id of a request that could not be decoded, for the log and the trace.
+        self.request_id = ""
 
     @property
     def outcome(self) -> Outcome:

@@ -119,10 +119,9 @@ class InferEndpoint:
             if b"content-encoding" in headers:
                 body = await decompress(body, headers[b"content-encoding"], model.max_request_bytes)
             request, forms = await _decode(model, headers, body)
-            if request_id and not request.id:
-                request.id = request_id
+            request_id = request.id = request.id or request_id or self._plane.new_id()
             response = await self._plane.infer(model, request)
-            request_id, rows = response.id, response.rows
+            rows = response.rows
             payload, header_size = codec_binary.encode(response, forms)
             reply = HttpReply(200, [_JSON], payload)
             if header_size is not None:
@@ -131,6 +130,7 @@ class InferEndpoint:
                 await compress(reply, headers[b"accept-encoding"])
         except PhoenixError as error:
             failure = error
+            request_id = error.request_id or request_id
             reply = error_reply(error)
         except asyncio.CancelledError:
             failure = PhoenixError(Code.CANCELLED, "the client went away")
@@ -177,12 +177,18 @@ def too_large(size: int, limit: int) -> PhoenixError:
 async def _decode(model: ServedModel, headers: Headers, body: bytes) -> tuple[InferRequest, OutputForms]:
     length = headers.get(b"inference-header-content-length")
     if length is None:
-        return codec_json.decode(await _parse(body))
-    size = codec_binary.header_size(length, len(body))
-    view = memoryview(body)
-    if size == 0:
-        return codec_binary.decode_raw(view, model.signature, model.name)
-    return codec_binary.decode(await _parse(view[:size]), view[size:], model.name)
+        document, blobs = await _parse(body), None
+    else:
+        size, view = codec_binary.header_size(length, len(body)), memoryview(body)
+        if size == 0:
+            return codec_binary.decode_raw(view, model.signature, model.name)
+        document, blobs = await _parse(view[:size]), view[size:]
+    try:
+        return codec_json.decode(document) if blobs is None else codec_binary.decode(document, blobs, model.name)
+    except PhoenixError as error:
+        request_id = document.get("id")
+        error.request_id = request_id if isinstance(request_id, str) else ""
+        raise
 
 
 async def _parse(body: bytes | memoryview) -> Any:

@@ -56,8 +56,6 @@ class LogSettings:
         level = logging.getLogger().getEffectiveLevel()
         self._on = {name: level <= own for name, own in self._LEVELS}
         self._verbose = 0
-        for handler in logging.getLogger().handlers:
-            handler.addFilter(self._passes)
 
     def get(self) -> dict[str, Any]:
         """Return the settings as the extension spells them."""
@@ -85,6 +83,8 @@ class LogSettings:
 
     def update(self, wanted: dict[str, Any]) -> dict[str, Any]:
         """Apply settings without faults and return all of them."""
+        for handler in logging.getLogger().handlers:
+            handler.addFilter(self._passes)  # once, however often: it is the same bound method
         self._verbose = wanted.get("log_verbose_level", self._verbose)
         self._on = {name: wanted.get(name, is_on) for name, is_on in self._on.items()}
         least = next((own for name, own in self._LEVELS if self._on[name]), logging.CRITICAL)

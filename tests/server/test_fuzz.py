@@ -14,6 +14,7 @@ import http.client
 import json
 import random
 import re
+import socket
 import time
 import zlib
 from collections import Counter
@@ -130,13 +131,12 @@ DOCUMENTS: list[tuple[str, dict[str, Any]]] = [
     ("/v2/repository/models/none/load", {"parameters": {"config": "{}"}}),
     ("/v2/repository/models/none/unload", {"parameters": {"unload_dependents": False}}),
 ]
-SMALL = tensor("x", "FP32", [1, 4], [])
 # Header documents and the bytes behind them.
 BINARIES: list[tuple[str, dict[str, Any], bytes]] = [
     (
         "iris",
         {
-            "inputs": [{key: SMALL[key] for key in ("name", "datatype", "shape")} | {"parameters": {"binary_data_size": 16}}],
+            "inputs": [{"name": "x", "datatype": "FP32", "shape": [1, 4], "parameters": {"binary_data_size": 16}}],
             "parameters": {"binary_data_output": True},
         },
         np.array([5.1, 3.5, 1.4, 0.2], "<f4").tobytes(),
@@ -147,7 +147,7 @@ BINARIES: list[tuple[str, dict[str, Any], bytes]] = [
             "id": "b",
             "inputs": [
                 {"name": f"x_{name}", "datatype": name, "shape": [1, 2], "parameters": {"binary_data_size": size}}
-                for name, size in {"FP32": 8, "FP16": 4, "INT8": 2, "INT64": 16, "UINT64": 16, "BOOL": 2, "BYTES": 11}.items()
+                for name, size in zip(MIXED, (8, 4, 2, 16, 16, 2, 11), strict=True)
             ],
             "parameters": {"binary_data_output": True},
         },
@@ -183,10 +183,11 @@ def messages() -> list[Any]:
 
 # Text that stands in the document as it is, JSON or not; a marker keeps its place until the document is text.
 RAW_TOKENS = [
-    "NaN", "-Infinity", "1e400", "-1e400", "-0", "1E+2", "0x10", "01", "1.", "'x'", '"\\ud800"', '"\\u0000"', "undefined",
+    "NaN", "-Infinity", "1e400", "-1e400", "-0", "1E+2", "0x10", "01", "1.", "'x'", '"\\ud800"', '"\\u0000"',
+    "undefined",
     "9" * 400, "0." + "1" * 5000, "1" * 5000, "18446744073709551616", "-9223372036854775809", '{"a":1,"a":2}',
-    *("[" * depth + "]" * depth for depth in (33, 65, 400, 1020, 5000)), "[" * 50_000, '{"a":' * 1000 + "1" + "}" * 1000,
-    "[" * 900 + "1,true" + "]" * 900, "\x01", '"\x7f\t"', "", ",",
+    *("[" * depth + "]" * depth for depth in (33, 65, 400, 1020, 5000)), "[" * 50_000,
+    '{"a":' * 1000 + "1" + "}" * 1000, "[" * 900 + "1,true" + "]" * 900, "\x01", '"\x7f\t"', "", ",",
 ]  # fmt: skip
 MARKER = re.compile(r'"@raw(\d+)@"')
 WORDS = ["x", "inputs", "FP32", "BYTES", "BF16", "shape", "binary_data_size", "timeout", "\u0000", "ä🔥", "a" * 300]
@@ -202,9 +203,12 @@ scalars = st.one_of(
 )
 junk = st.recursive(
     scalars,
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.sampled_from(WORDS) | st.text(max_size=4), inner, max_size=3),
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=4),
+        st.dictionaries(st.sampled_from(WORDS) | st.text(max_size=4), inner, max_size=3),
+    ),
     max_leaves=6,
-)  # fmt: skip
+)
 
 
 def spots(document: Any) -> list[tuple[Any, Any]]:
@@ -240,7 +244,7 @@ def mutated_document(draw: Any, base: dict[str, Any]) -> bytes:
                 )
         if not holder:
             break
-    text = json.dumps(holder.get("", None), ensure_ascii=draw(st.booleans()))
+    text = json.dumps(holder.get(""), ensure_ascii=draw(st.booleans()))
     text = MARKER.sub(lambda found: RAW_TOKENS[int(found[1]) % len(RAW_TOKENS)], text)
     return text.encode("utf-8", "surrogatepass")
 
@@ -485,14 +489,16 @@ def raw_requests() -> list[bytes]:
         get,
         get.replace(b"/v2/models/iris", b"http://x/v2/models/iris?a=b%00#c"),
         b"POST /v2/logging HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: 2\r\n\r\n{}",
-        b"POST /v2/repository/index HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\nConnection: close\r\n\r\n0\r\n\r\n",
-    ]  # fmt: skip
+        b"POST /v2/repository/index HTTP/1.1\r\nHost: x\r\nConnection: close\r\nTransfer-Encoding: chunked\r\n\r\n"
+        b"0\r\n\r\n",
+    ]
 
 
 RAW_BITS = [
-    b"\r\n", b"\n", b"\r", b"\x00", b" ", b":", b"\xff", b"\x80", b"%", b"%00", b"%2f", b"/../", b"?", b"Content-Length: 5\r\n",
-    b"Content-Length: 0\r\n", b"Content-Length: 99999999999999999999\r\n", b"Transfer-Encoding: chunked\r\n", b"0\r\n\r\n",
-    b"Transfer-Encoding: gzip, chunked\r\n", b"Host: y\r\n", b"Host:\r\n", b" folded\r\n", b"ffffffffffffffffff\r\n", b"-1\r\n",
+    b"\r\n", b"\n", b"\r", b"\x00", b" ", b":", b"\xff", b"\x80", b"%", b"%00", b"%2f", b"/../", b"?",
+    b"Content-Length: 5\r\n", b"Content-Length: 0\r\n", b"Content-Length: 99999999999999999999\r\n", b"0\r\n\r\n",
+    b"Transfer-Encoding: chunked\r\n", b"Transfer-Encoding: gzip, chunked\r\n", b"Host: y\r\n", b"Host:\r\n",
+    b" folded\r\n", b"ffffffffffffffffff\r\n", b"-1\r\n",
     b"Connection: close, keep-alive\r\n", b"Expect: 100-continue\r\n", b"HTTP/2.0", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
 ]  # fmt: skip
 
@@ -543,7 +549,7 @@ def read_responses(data: bytes) -> list[tuple[int, dict[str, str], bytes]]:
             assert "content-length" in headers, head
             responses.append((int(found[1]), headers, rest[:size]))
         data = rest[size:]
-    return responses  # fmt: skip
+    return responses
 
 
 def fuzz_raw(target: Target, count: int, number: int) -> None:
@@ -759,3 +765,34 @@ def test_fuzzed_requests_get_answers_and_leave_no_trace(target: Target, capsys: 
     with capsys.disabled():
         print(f"\nfuzzed with seed {SEED}: {dict(target.sent)}, memory {growth / 2**20:+.1f} MiB")
         print(f"  {dict(sorted(target.statuses.items()))}")
+
+
+def test_faults_that_fuzzing_found_stay_mended(models: list[Path]) -> None:
+    deep: Any = []
+    for _ in range(900):
+        deep = [deep]
+    name_with_nul = json.dumps(IRIS | {"\0": None}).encode()
+    with phoenix_process.start(models, ENV) as server:
+        target = Target(server, "native")
+        for path, document in (
+            (infer_path("iris"), {"inputs": [{"name": "x", "datatype": deep, "shape": [1]}]}),
+            (infer_path("iris"), {"inputs": [{"name": "x", "datatype": "FP32", "shape": deep}]}),
+            (infer_path("iris"), IRIS | {"parameters": {"timeout": "x" * 5000}}),
+            ("/v2/logging", {"log_info": deep}),
+            ("/v2/repository/models/none/load", {"parameters": deep}),
+        ):
+            status, _, answer = target.post(path, {}, json.dumps(document).encode())
+            assert status == 400, answer
+            assert len(json.loads(answer)["error"]) < 400
+        # Over 1 MB another parser reads the document, one that looks names up as C strings.
+        target.infer("json", Post(infer_path("iris"), {}, name_with_nul, BIG_BODY_BYTES))
+        assert target.statuses["json 200"] == 1
+        target.close()
+        # A client that leaves, and one that is refused, in the middle of a body that FastAPI reads.
+        for is_leaving in (True, False):
+            with socket.create_connection(target.address, timeout=ANSWER_DEADLINE_S) as sock:
+                sock.sendall(b"POST /v2/logging HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\n\r\n{")
+                if not is_leaving:
+                    assert sock.recv(65536).startswith(b"HTTP/1.1 408 ")
+        good_answers(target)
+    check_log(server)

@@ -162,7 +162,15 @@ def serve(engine: str, models: Path, tmp_path: Path) -> Serve:
             await repository.close()
 
     def start(scenario: Scenario, *, keys: ApiKeys | None = None, **options: Any) -> None:
-        asyncio.run(run(scenario, keys, options))
+        # Log settings are the process's, which here is pytest's.
+        root = logging.getLogger()
+        level, filters = root.level, [(handler, list(handler.filters)) for handler in root.handlers]
+        try:
+            asyncio.run(run(scenario, keys, options))
+        finally:
+            root.setLevel(level)
+            for handler, before in filters:
+                handler.filters[:] = before
 
     return start
 
