@@ -57,6 +57,11 @@ def parse(body: bytes | memoryview) -> dict[str, Any]:
     return document
 
 
+def may_hold_bool(body: bytes | memoryview) -> bool:
+    """Whether true or false may stand somewhere in a body."""
+    return not isinstance(body, bytes) or b"true" in body or b"false" in body
+
+
 def parse_big(body: bytes | memoryview) -> Mapping[str, Any]:
     """Parse a big JSON object without making Python objects of its numbers; blocks, so call it in a thread."""
     import simdjson
@@ -111,8 +116,12 @@ def _expected_brackets(plain: dict[str, Any]) -> int:
     return count
 
 
-def decode(document: Mapping[str, Any], blob: Blob | None = None) -> tuple[InferRequest, OutputForms]:
+def decode(
+    document: Mapping[str, Any], blob: Blob | None = None, *, may_hold_bool: bool = True
+) -> tuple[InferRequest, OutputForms]:
     """Turn a parsed document into a request; `blob` gives an input that is not in the JSON itself.
+
+    `may_hold_bool` False: the text has neither true nor false in it, so no number needs to be looked at for that.
 
     Raises `PhoenixError(INVALID)` that lists every fault.
     """
@@ -123,7 +132,7 @@ def decode(document: Mapping[str, Any], blob: Blob | None = None) -> tuple[Infer
         raise invalid(f"'inputs' must be a non-empty list of tensors, got {_kind(items)}")
     for index, item in enumerate(items):
         try:
-            name, array = _decode_input(item, index, blob)
+            name, array = _decode_input(item, index, blob, may_hold_bool)
         except PhoenixError as error:
             faults.append(error.message)
             if blob is not None:
@@ -192,11 +201,11 @@ def json_output(name: str, array: Array) -> dict[str, Any]:
     }
 
 
-def array_of(data: Any, dtype: DType, shape: tuple[int, ...], name: str) -> Array:
+def _array_of(data: Any, dtype: DType, shape: tuple[int, ...], name: str, may_hold_bool: bool) -> Array:
     """Return JSON `data`, flat or nested as `shape`, as an array; raise INVALID that names the input."""
     if dtype in _NO_JSON_FORM:
         raise invalid(f"input '{name}': {dtype.name} cannot be sent as JSON; send it as binary tensor data")
-    if type(data) is list and dtype.kind == "f" and (packed := _packed(data, dtype)) is not None:
+    if type(data) is list and dtype.kind == "f" and (packed := _packed(data, dtype, may_hold_bool)) is not None:
         array, is_flat = packed, True
     elif not isinstance(data, list):
         array, is_flat = _array_of_simdjson(data, dtype, shape, name)
@@ -213,12 +222,12 @@ def array_of(data: Any, dtype: DType, shape: tuple[int, ...], name: str) -> Arra
     return array
 
 
-def _packed(data: list[Any], dtype: DType) -> Array | None:
+def _packed(data: list[Any], dtype: DType, may_hold_bool: bool) -> Array | None:
     """Return a flat list of numbers as an array, a quarter of numpy's time; None where anything is unusual.
 
     `struct` refuses what is no number and what FP32 cannot hold; JSON itself has neither NaN nor infinity.
     """
-    if bool in set(map(type, data)):
+    if may_hold_bool and bool in set(map(type, data)):
         return None
     try:
         packed = struct.pack(f"={len(data)}{dtype.numpy.char}", *data)
@@ -332,7 +341,7 @@ def _check_nesting(data: Any, shape: tuple[int, ...], name: str) -> None:
             _check_nesting(part, shape[1:], name)
 
 
-def _decode_input(item: Any, index: int, blob: Blob | None) -> tuple[str, Array]:
+def _decode_input(item: Any, index: int, blob: Blob | None, may_hold_bool: bool) -> tuple[str, Array]:
     if not isinstance(item, dict):
         raise invalid(f"inputs[{index}] must be an object, got {_kind(item)}")
     name = item.get("name")
@@ -353,7 +362,7 @@ def _decode_input(item: Any, index: int, blob: Blob | None) -> tuple[str, Array]
         data = item["data"]
         if data is None or isinstance(data, str | int | float | dict):
             raise invalid(f"{where}: 'data' must be a list, got {_kind(data)}")
-        return name, array_of(data, dtype, shape, name)
+        return name, _array_of(data, dtype, shape, name, may_hold_bool)
     if "data" in item:
         raise invalid(f"{where}: has both 'data' and 'binary_data_size'; give one")
     if blob is None:

@@ -47,6 +47,8 @@ HTTP_STATUS = {
 _INFER_PATH = re.compile(rb"/v2/models/([^/?]+)(?:/versions/([^/?]+))?/infer")
 # Below this, compressing costs more than it saves on any wire.
 _COMPRESS_FROM_BYTES = 1024
+# Longer paths are nobody's model, and must not fill the cache's memory.
+_CACHED_PATH_BYTES = 256
 _ENCODINGS = {b"gzip": 31, b"deflate": 15}  # zlib's window bits: with gzip header, with zlib header
 _JSON = (b"content-type", b"application/json")
 _BINARY = (b"content-type", b"application/octet-stream")
@@ -63,14 +65,20 @@ class HttpReply:
     body: bytes = b""
 
 
-@functools.lru_cache(maxsize=1024)
 def match(path: bytes) -> tuple[str, str] | None:
     """Return model name and version ("" if none) of an infer path, or None for any other path."""
+    return _match_cached(path) if len(path) <= _CACHED_PATH_BYTES else _match(path)
+
+
+def _match(path: bytes) -> tuple[str, str] | None:
     found = _INFER_PATH.fullmatch(path)
     if found is None:
         return None
     name, version = found.groups(b"")
     return _unquote(name), _unquote(version)
+
+
+_match_cached = functools.lru_cache(maxsize=1024)(_match)
 
 
 def error_reply(error: PhoenixError) -> HttpReply:
@@ -184,7 +192,9 @@ async def _decode(model: ServedModel, headers: Headers, body: bytes) -> tuple[In
             return codec_binary.decode_raw(view, model.signature, model.name)
         document, blobs = await _parse(view[:size]), view[size:]
     try:
-        return codec_json.decode(document) if blobs is None else codec_binary.decode(document, blobs, model.name)
+        if blobs is None:
+            return codec_json.decode(document, may_hold_bool=codec_json.may_hold_bool(body))
+        return codec_binary.decode(document, blobs, model.name)
     except PhoenixError as error:
         request_id = document.get("id")
         error.request_id = request_id if isinstance(request_id, str) else ""
