@@ -12,6 +12,7 @@ import signal
 import sys
 import time
 from collections.abc import AsyncIterator, Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from phoenix_api import Manifest
 from phoenix_server.artifacts import ArtifactStore, Progress
 from phoenix_server.auth import ApiKeys
 from phoenix_server.dataplane import DataPlane
+from phoenix_server.engine import intra_op_threads
 from phoenix_server.errors import ModelLoadError, Reason, StartError
 from phoenix_server.hotpath import AsgiApp, HotPath, InferEndpoint
 from phoenix_server.http_server import HttpServer
@@ -59,7 +61,9 @@ async def running(settings: Settings, manifests: Iterable[Manifest], paths: list
             stack.callback(tracer.close)
         plane = DataPlane(repository, metrics, tracer=tracer, is_access_logged=settings.access_log)
 
-        endpoint = InferEndpoint(plane, keys)
+        decoders = ThreadPoolExecutor(intra_op_threads(0, settings.cpus), thread_name_prefix="decode")
+        stack.callback(decoders.shutdown, wait=False, cancel_futures=True)
+        endpoint = InferEndpoint(plane, keys, decoders=decoders)
 
         def make_rest() -> AsgiApp:
             from phoenix_server.rest import create_rest

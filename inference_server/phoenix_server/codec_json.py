@@ -1,7 +1,8 @@
-"""The JSON form of requests and responses (OIP v2 REST), for small bodies with orjson, for big ones with simdjson.
+"""The JSON form of requests and responses (OIP v2 REST).
 
 Decoding knows nothing of the model: it turns the document into arrays of the dtypes and shapes that the request
-states, and lists every fault of the document in one error. `codec_binary` adds tensors that travel beside the JSON.
+states, and lists every fault of the document in one error. `codec_binary` adds tensors that travel beside the JSON,
+`codec_big_json` a faster parser for big bodies.
 """
 
 import math
@@ -25,11 +26,9 @@ from phoenix_server.tensors import (
     dtype_of,
 )
 
-# Above this a body is parsed off the event loop, by simdjson (1.6 MB: orjson 6.5 ms, simdjson 2.4 ms).
+# Bodies above this are decoded off the event loop.
 BIG_BODY_BYTES = 1_000_000
 _NO_JSON_FORM = (DType.FP16,)
-# numpy kind -> the type of simdjson's buffer, and numpy's name of it.
-_SIMDJSON_BUFFERS: dict[str, Any] = {"f": ("d", "f8"), "i": ("i", "i8"), "u": ("u", "u8")}
 _MAX_TIMEOUT_US = 2**63 - 1
 _SMALL = 256
 _zeros = {dtype.numpy: np.zeros(_SMALL, dtype.numpy) for dtype in DType if dtype.kind == "f"}
@@ -62,60 +61,6 @@ def may_hold_bool(body: bytes | memoryview) -> bool:
     return not isinstance(body, bytes) or b"true" in body or b"false" in body
 
 
-def parse_big(body: bytes | memoryview) -> Mapping[str, Any]:
-    """Parse a big JSON object without making Python objects of its numbers; blocks, so call it in a thread."""
-    import simdjson
-
-    try:
-        document = simdjson.Parser().parse(body if isinstance(body, bytes) else bytes(body))
-        if not isinstance(document, simdjson.Object):
-            raise invalid(f"the body must be a JSON object, got {_kind(document)}")
-        plain = _plain_document(document)
-    except (ValueError, RuntimeError, KeyError):
-        # Rare: orjson words the fault, or takes what simdjson does not (integers beyond 64 bits, NUL in a name).
-        return parse(body)
-    # A buffer forgets how its numbers were nested; where the brackets do not add up, orjson looks at each of them.
-    return plain if _brackets(body) == _expected_brackets(plain) else parse(body)
-
-
-def _plain_document(document: Any) -> dict[str, Any]:
-    """Return a simdjson object with small things as Python objects; only `data` stays simdjson's.
-
-    (`items()` would convert that too.)
-    """
-    plain: dict[str, Any] = {}
-    for key in document.keys():  # noqa: SIM118 - a simdjson object, whose iteration is not a dict's
-        value = document[key]
-        if key == "inputs" and hasattr(value, "as_list"):
-            plain[key] = [_plain_input(item) if hasattr(item, "as_dict") else _plain(item) for item in value]
-        else:
-            plain[key] = _plain(value)
-    return plain
-
-
-def _brackets(body: bytes | memoryview) -> int:
-    """Count the opening brackets of a body."""
-    return (body if isinstance(body, bytes) else bytes(body)).count(b"[")
-
-
-def _expected_brackets(plain: dict[str, Any]) -> int:
-    """Return the brackets of a request whose data is flat, or nested exactly as its shapes; 0 for any other document.
-
-    A bracket in some string makes the count larger, never equal: each list that is counted here has one for sure.
-    """
-    inputs = plain.get("inputs")
-    count = 1 + isinstance(plain.get("outputs"), list)
-    for item in inputs if isinstance(inputs, list) else ():
-        data: Any = item.get("data") if isinstance(item, dict) else None
-        shape: Any = item.get("shape") if isinstance(item, dict) else None
-        if not hasattr(data, "as_buffer") or not isinstance(shape, list) or not {type(size) for size in shape} <= {int}:
-            return 0
-        count += 2
-        if len(data) and hasattr(data[0], "as_buffer"):
-            count += sum(math.prod(shape[:depth]) for depth in range(1, len(shape)))
-    return count
-
-
 def decode(
     document: Mapping[str, Any], blob: Blob | None = None, *, may_hold_bool: bool = True
 ) -> tuple[InferRequest, OutputForms]:
@@ -125,6 +70,15 @@ def decode(
 
     Raises `PhoenixError(INVALID)` that lists every fault.
     """
+    try:
+        return _decode(document, blob, may_hold_bool)
+    except PhoenixError as error:
+        request_id = document.get("id")
+        error.request_id = request_id if isinstance(request_id, str) else ""
+        raise
+
+
+def _decode(document: Mapping[str, Any], blob: Blob | None, may_hold_bool: bool) -> tuple[InferRequest, OutputForms]:
     faults: list[str] = []
     inputs: dict[str, Array] = {}
     items = document.get("inputs")
@@ -205,10 +159,10 @@ def _array_of(data: Any, dtype: DType, shape: tuple[int, ...], name: str, may_ho
     """Return JSON `data`, flat or nested as `shape`, as an array; raise INVALID that names the input."""
     if dtype in _NO_JSON_FORM:
         raise invalid(f"input '{name}': {dtype.name} cannot be sent as JSON; send it as binary tensor data")
-    if type(data) is list and dtype.kind == "f" and (packed := _packed(data, dtype, may_hold_bool)) is not None:
+    if isinstance(data, np.ndarray):  # from `codec_big_json`, which has looked at the nesting
+        array, is_flat = _cast(data, dtype, name), True
+    elif dtype.kind == "f" and (packed := _packed(data, dtype, may_hold_bool)) is not None:
         array, is_flat = packed, True
-    elif not isinstance(data, list):
-        array, is_flat = _array_of_simdjson(data, dtype, shape, name)
     else:
         array, is_flat = _array_of_list(data, dtype, name)
     if array.shape != shape:
@@ -310,37 +264,6 @@ def _is_big_integers(array: Array) -> bool:
     return all(type(element) in (int, float) for element in array.flat)
 
 
-def _array_of_simdjson(data: Any, dtype: DType, shape: tuple[int, ...], name: str) -> tuple[Array, bool]:
-    """Convert a simdjson array through its buffer, without a Python object for each number."""
-    import simdjson
-
-    if not isinstance(data, simdjson.Array):
-        raise invalid(f"input '{name}': 'data' must be a list, got {_kind(data)}")
-    if dtype.kind in "Ob" or len(data) == 0:
-        return _array_of_list(data.as_list(), dtype, name)
-    try:
-        of_type, buffered = _SIMDJSON_BUFFERS[dtype.kind]
-        array: Array = np.frombuffer(data.as_buffer(of_type=of_type), dtype=buffered)
-    except (TypeError, ValueError, RuntimeError):
-        # Rare, so the slow way may word the fault, or find that there is none (an integer among floats).
-        return _array_of_list(data.as_list(), dtype, name)
-    if isinstance(data[0], simdjson.Array):
-        _check_nesting(data, shape, name)
-    return _cast(array, dtype, name), True
-
-
-def _check_nesting(data: Any, shape: tuple[int, ...], name: str) -> None:
-    """Raise unless every level of a simdjson array has the length that `shape` gives."""
-    is_leaf = len(data) == 0 or not hasattr(data[0], "as_buffer")
-    if not shape or len(data) != shape[0] or is_leaf != (len(shape) == 1):
-        raise invalid(f"input '{name}': data is not nested as shape {list(shape)}")
-    if not is_leaf:
-        for part in data:
-            if not hasattr(part, "as_buffer"):
-                raise invalid(f"input '{name}': data is nested unevenly")
-            _check_nesting(part, shape[1:], name)
-
-
 def _decode_input(item: Any, index: int, blob: Blob | None, may_hold_bool: bool) -> tuple[str, Array]:
     if not isinstance(item, dict):
         raise invalid(f"inputs[{index}] must be an object, got {_kind(item)}")
@@ -438,16 +361,6 @@ def _timeout_us(value: Any, faults: list[str]) -> int:
 
 def _expected(dtype: DType) -> str:
     return {"f": "numbers", "i": "integers", "u": "integers", "b": "true or false"}[dtype.kind]
-
-
-def _plain_input(item: Any) -> dict[str, Any]:
-    return {name: item[name] if name == "data" else _plain(item[name]) for name in item.keys()}  # noqa: SIM118
-
-
-def _plain(value: Any) -> Any:
-    if hasattr(value, "as_dict"):
-        return value.as_dict()
-    return value.as_list() if hasattr(value, "as_list") else value
 
 
 def _kind(value: Any) -> str:

@@ -12,12 +12,13 @@ import re
 import time
 import zlib
 from collections.abc import Awaitable, Callable, MutableMapping
+from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from typing import Any
 
 import orjson
 
-from phoenix_server import codec_binary, codec_json
+from phoenix_server import codec_big_json, codec_binary, codec_json
 from phoenix_server.auth import ApiKeys
 from phoenix_server.codec_json import OutputForms
 from phoenix_server.dataplane import DataPlane
@@ -94,11 +95,15 @@ def error_reply(error: PhoenixError) -> HttpReply:
 
 
 class InferEndpoint:
-    """The inference endpoint of one data plane."""
+    """The inference endpoint of one data plane.
 
-    def __init__(self, plane: DataPlane, keys: ApiKeys | None = None) -> None:
+    `decoders` runs the decoding of big bodies: no more threads than CPUs, since each keeps a parser's memory.
+    """
+
+    def __init__(self, plane: DataPlane, keys: ApiKeys | None = None, *, decoders: Executor | None = None) -> None:
         self._plane = plane
         self._keys = keys
+        self._decoders = decoders
 
     def admit(self, target: tuple[str, str], headers: Headers) -> ServedModel:
         """Return the model for a request whose head has arrived; raise `PhoenixError` before its body is read."""
@@ -126,7 +131,7 @@ class InferEndpoint:
         try:
             if b"content-encoding" in headers:
                 body = await decompress(body, headers[b"content-encoding"], model.max_request_bytes)
-            request, forms = await _decode(model, headers, body)
+            request, forms = await self._decode(model, headers, body)
             request_id = request.id = request.id or request_id or self._plane.new_id()
             response = await self._plane.infer(model, request)
             rows = response.rows
@@ -163,6 +168,21 @@ class InferEndpoint:
             )
         return reply
 
+    async def _decode(self, model: ServedModel, headers: Headers, body: bytes) -> tuple[InferRequest, OutputForms]:
+        length = headers.get(b"inference-header-content-length")
+        if length is None:
+            if len(body) >= codec_json.BIG_BODY_BYTES:
+                return await asyncio.get_running_loop().run_in_executor(self._decoders, codec_big_json.decode, body)
+            return codec_json.decode(codec_json.parse(body), may_hold_bool=codec_json.may_hold_bool(body))
+        size, view = codec_binary.header_size(length, len(body)), memoryview(body)
+        if size == 0:
+            return codec_binary.decode_raw(view, model.signature, model.name)
+        if size >= codec_json.BIG_BODY_BYTES:
+            document = await asyncio.to_thread(codec_json.parse, view[:size])
+        else:
+            document = codec_json.parse(view[:size])
+        return codec_binary.decode(document, view[size:], model.name)
+
 
 def routine_reply(plane: DataPlane, path: str, accept: str = "") -> HttpReply | None:
     """Return the reply to `GET` of a server probe or of the metrics page, which need no key; None for other paths."""
@@ -180,31 +200,6 @@ def routine_reply(plane: DataPlane, path: str, accept: str = "") -> HttpReply | 
 def too_large(size: int, limit: int) -> PhoenixError:
     """Return the refusal of a body that is over the model's limit."""
     return PhoenixError(Code.TOO_LARGE, f"the request body has {size} bytes, at most {limit} are accepted")
-
-
-async def _decode(model: ServedModel, headers: Headers, body: bytes) -> tuple[InferRequest, OutputForms]:
-    length = headers.get(b"inference-header-content-length")
-    if length is None:
-        document, blobs = await _parse(body), None
-    else:
-        size, view = codec_binary.header_size(length, len(body)), memoryview(body)
-        if size == 0:
-            return codec_binary.decode_raw(view, model.signature, model.name)
-        document, blobs = await _parse(view[:size]), view[size:]
-    try:
-        if blobs is None:
-            return codec_json.decode(document, may_hold_bool=codec_json.may_hold_bool(body))
-        return codec_binary.decode(document, blobs, model.name)
-    except PhoenixError as error:
-        request_id = document.get("id")
-        error.request_id = request_id if isinstance(request_id, str) else ""
-        raise
-
-
-async def _parse(body: bytes | memoryview) -> Any:
-    if len(body) < codec_json.BIG_BODY_BYTES:
-        return codec_json.parse(body)
-    return await asyncio.to_thread(codec_json.parse_big, body)
 
 
 async def decompress(body: bytes, encoding: bytes, limit: int) -> bytes:

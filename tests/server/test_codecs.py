@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as nps
 
-from phoenix_server import codec_binary, codec_json
+from phoenix_server import codec_big_json, codec_binary, codec_json
 from phoenix_server.codec_json import OutputForms
 from phoenix_server.errors import Code, PhoenixError
 from phoenix_server.tensors import DType, InferRequest, InferResponse, Signature, TensorSpec
@@ -37,7 +37,7 @@ def json_document(array: np.ndarray[Any, Any], dtype: DType, *, flat: bool) -> d
 
 def both_parsers(document: dict[str, Any]) -> list[Any]:
     text = json.dumps(document).encode()
-    return [codec_json.parse(text), codec_json.parse_big(text)]
+    return [codec_json.parse(text), codec_big_json.parse(text)]
 
 
 @settings(max_examples=300, deadline=None)
@@ -110,7 +110,7 @@ def test_json_tensor_fault_is_named(tensor: dict[str, Any], message: str, big: b
     assert fault.value.code is Code.INVALID
 
 
-@pytest.mark.parametrize("parse", [codec_json.parse, codec_json.parse_big])
+@pytest.mark.parametrize("parse", [codec_json.parse, codec_big_json.parse])
 @pytest.mark.parametrize("number", ["18446744073709551616", "1e400", "-9223372036854775809"])
 def test_number_that_no_datatype_holds_is_refused(parse: Any, number: str) -> None:
     for datatype in ("UINT64", "INT64", "FP32"):
@@ -158,9 +158,16 @@ def test_all_faults_come_in_one_message() -> None:
 
 @pytest.mark.parametrize("text", [b"", b"{", b"[]", b"NaN", b'{"a": NaN}', b'{"a": Infinity}', b"\xff\xfe", b"1"])
 def test_broken_json_is_refused(text: bytes) -> None:
-    for parse in (codec_json.parse, codec_json.parse_big):
+    for parse in (codec_json.parse, codec_big_json.parse):
         with pytest.raises(PhoenixError, match="JSON"):
             parse(text)
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_big_numbers_never_become_python_objects(nested: bool) -> None:
+    array = np.arange(24, dtype=np.float32).reshape(2, 3, 4)
+    parsed = codec_big_json.parse(json.dumps(json_document(array, DType.FP32, flat=not nested)).encode())
+    assert isinstance(parsed["inputs"][0]["data"], np.ndarray)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
