@@ -34,7 +34,7 @@ def read_options(description: str, arguments: list[str] | None = None) -> argpar
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--only", metavar="GROUPS", help=f"of {', '.join(GROUPS)}; separated by commas")
     parser.add_argument("--rounds", type=int, default=3, help="how often each measurement is repeated (default 3)")
-    parser.add_argument("--seconds", type=float, default=3.0, help="length of each measurement (default 3)")
+    parser.add_argument("--seconds", type=float, default=5.0, help="length of each measurement (default 5)")
     parser.add_argument("--quick", action="store_true", help="one round of one second: does the bench work?")
     parser.add_argument("--output", type=Path, default=Path(__file__).with_name("results"), help="folder for results")
     options = parser.parse_args(arguments)
