@@ -188,6 +188,7 @@ class PhoenixProtocol(HttpToolsProtocol):
         self._idle_since = self.loop.time()
         self._is_refused = False
         self._refused_since = 0.0
+        self._unread_since = 0.0
         self._body_bytes = 0
         self._body_limit = _MAX_SMALL_BODY_BYTES
         self._header_map: Headers = {}
@@ -293,6 +294,16 @@ class PhoenixProtocol(HttpToolsProtocol):
         cycle.body = []
         cycle.task = self.loop.create_task(self._infer(cycle, cycle.target, self._header_map, body))
 
+    def pause_writing(self) -> None:
+        """Note since when the client has not read what waits for it."""
+        self._unread_since = self.loop.time()
+        super().pause_writing()
+
+    def resume_writing(self) -> None:
+        """Forget it: the client reads."""
+        self._unread_since = 0.0
+        super().resume_writing()
+
     def connection_lost(self, exc: Exception | None) -> None:
         """Give up the place of an inference whose client has gone."""
         if type(self.cycle) is _InferCycle and self.cycle.task is not None:
@@ -379,9 +390,11 @@ class PhoenixProtocol(HttpToolsProtocol):
                 raise invalid("malformed HTTP request: Content-Length is not a number")
 
     def check_time(self, now: float) -> None:
-        """Refuse a request that arrives too slowly; close a connection that is idle for too long."""
+        """Refuse a request that arrives, drop an answer that is read, too slowly; close what is idle for too long."""
         settings = self._server.settings
-        if self._is_refused:
+        if self._unread_since and now - self._unread_since > settings.body_timeout_seconds:
+            self.transport.abort()  # the client takes too long to read its answer
+        elif self._is_refused:
             if now - self._refused_since > _REFUSED_S:
                 self.transport.close()
         elif self._reading_since:

@@ -191,6 +191,18 @@ def test_client_that_hangs_up_in_the_middle_harms_nobody(server: Running) -> Non
     assert stats["model_stats"][0]["inference_stats"]["fail"]["count"] >= 0
 
 
+def test_client_that_never_reads_its_answer_is_dropped(server: Running) -> None:
+    rows = 400_000
+    tensor = {"name": "x", "shape": [rows, 4], "datatype": "FP32", "data": [1.5] * (rows * 4)}
+    body = json.dumps({"inputs": [tensor]}).encode()
+    files = Path(f"/proc/{server.process.pid}/fd")
+    with connection(server) as (sock, _):
+        before = len(list(files.iterdir()))
+        sock.sendall(infer_request(body))  # the answer is larger than what the kernels keep for both sides
+        wait_until(lambda: len(list(files.iterdir())) < before, "the server gives the connection up")
+    assert ask(server, infer_request())[0] == 200
+
+
 def test_pipelined_requests_are_answered_in_order(server: Running) -> None:
     bodies = [json.dumps({"id": str(i), "inputs": json.loads(BODY)["inputs"]}).encode() for i in range(20)]
     live = b"GET /v2/health/live HTTP/1.1\r\nHost: x\r\n\r\n"
