@@ -104,9 +104,15 @@ def _openapi(_: argparse.Namespace) -> int:
 
 
 def _manifests(paths: list[Path], *, strict: bool) -> "list[Manifest]":
-    """Read the manifests; unknown fields are an error when strict, else a warning."""
+    """Read the manifests; unknown fields are an error when strict, else a warning.
+
+    Of several paths, files that are named like no manifest are left out: a shell makes `examples/README.md` of
+    `examples/*` too.
+    """
     from phoenix_api import ManifestError, read_manifests
 
+    if len(paths) > 1:
+        paths = [path for path in paths if path.is_dir() or path.suffix in (".yaml", ".yml", ".json")] or paths
     try:
         return read_manifests(paths, strict=True)
     except ManifestError as error:

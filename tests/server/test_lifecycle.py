@@ -252,6 +252,16 @@ def test_state_folder_that_is_read_only_does_not_stop_local_models(tmp_path: Pat
         assert request(server, "GET", "/v2/health/ready")[0] == 200
 
 
+def test_check_takes_what_a_shell_makes_of_a_star(tmp_path: Path) -> None:
+    shutil.copytree(IRIS, tmp_path / "iris")
+    (tmp_path / "README.md").write_text("# not: a manifest")
+    done = run_cli("check", *sorted(tmp_path.iterdir()))
+    assert done.returncode == 0, done.stdout
+    for fact in ("input     x FP32 [-1, 4]", "digest    sha256:", "provider  CPUExecutionProvider", "capacity "):
+        assert fact in done.stdout
+    assert run_cli("check", tmp_path / "README.md").returncode == Reason.INVALID_SPEC.exit_code
+
+
 def test_two_versions_are_served_and_the_newest_answers(tmp_path: Path) -> None:
     for version, factor in (("9", 9.0), ("10", 10.0)):
         write_model(tmp_path / version, times(factor))
