@@ -77,7 +77,6 @@ class Reason(StrEnum):
     OUT_OF_MEMORY = "OutOfMemory", "The server was ended for exceeding its memory limit."
     QUOTA_EXCEEDED = "QuotaExceeded", "A quota of the namespace forbids more pods."
     INVALID_SETTING = "InvalidSetting", "A setting in the server's environment is wrong."
-    STATE_UNWRITABLE = "StateUnwritable", "The server cannot write its state folder."
     PORT_IN_USE = "PortInUse", "Another process listens on the server's port."
     # Progressing
     DEADLINE_EXCEEDED = "DeadlineExceeded", "The rollout made no progress for progressDeadlineSeconds."
@@ -147,7 +146,6 @@ CONDITIONS: dict[ConditionType, ConditionRow] = {
             Reason.UNSCHEDULABLE,
             Reason.QUOTA_EXCEEDED,
             Reason.INVALID_SETTING,
-            Reason.STATE_UNWRITABLE,
             Reason.PORT_IN_USE,
         ),
     ),

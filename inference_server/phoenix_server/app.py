@@ -22,7 +22,7 @@ from phoenix_server.artifacts import ArtifactStore, Progress
 from phoenix_server.auth import ApiKeys
 from phoenix_server.dataplane import DataPlane
 from phoenix_server.engine import intra_op_threads
-from phoenix_server.errors import ModelLoadError, Reason, StartError
+from phoenix_server.errors import ModelLoadError, StartError
 from phoenix_server.hotpath import AsgiApp, HotPath, InferEndpoint
 from phoenix_server.http_server import HttpServer
 from phoenix_server.logs import LogSettings
@@ -130,9 +130,11 @@ async def serve(
     _log.info("stopped")
 
 
-def new_store(settings: Settings) -> ArtifactStore:
-    """Return the artifact store of these settings; raise `StartError` if the state folder cannot be written."""
-    return ArtifactStore(model_store=settings.model_store, cache_dir=settings.state_dir, progress=_log_progress)
+def new_store(settings: Settings, progress: Callable[[Progress], None] | None = None) -> ArtifactStore:
+    """Return the artifact store of these settings; `progress` is told of long fetches, else the log is."""
+    return ArtifactStore(
+        model_store=settings.model_store, cache_dir=settings.state_dir, progress=progress or _log_progress
+    )
 
 
 def openapi_document() -> dict[str, Any]:
@@ -156,13 +158,6 @@ def report_failure(error: ModelLoadError, termination_log: Path) -> None:
             # Kubernetes cuts the message at 4096 bytes, which would break the JSON.
             text = json.dumps({"reason": error.reason, "message": error.message[:3000]})
             termination_log.write_text(text)
-
-
-def unwritable(folder: Path, error: OSError) -> StartError:
-    """Return the error for a state folder that cannot be used."""
-    return StartError(
-        Reason.STATE_UNWRITABLE, f"PHOENIX_STATE_DIR: cannot write to {folder}: {error.strerror}; name another folder"
-    )
 
 
 def _log_progress(progress: Progress) -> None:

@@ -2,10 +2,12 @@
 
 import asyncio
 import logging
+import sys
 from collections.abc import Iterable
 
 from phoenix_api import Manifest
 from phoenix_server.app import new_store
+from phoenix_server.artifacts import Progress
 from phoenix_server.errors import ModelLoadError, Reason
 from phoenix_server.metrics import Metrics
 from phoenix_server.repository import Repository
@@ -22,7 +24,7 @@ def check(settings: Settings, manifests: Iterable[Manifest]) -> int:
 async def _check(settings: Settings, manifests: Iterable[Manifest]) -> int:
     logging.getLogger("phoenix_server.repository").setLevel(logging.CRITICAL)  # printed here instead
     quiet = settings.model_copy(update={"measure_capacity": False})
-    repository = Repository(quiet, Metrics(), new_store(settings))
+    repository = Repository(quiet, Metrics(), new_store(settings, _print_progress))
     failures: list[Reason] = []
     for manifest in manifests:
         name, version = manifest.model.metadata.name, manifest.model.spec.model.version
@@ -61,6 +63,16 @@ def _facts(model: ServedModel) -> list[tuple[str, str]]:
         ("run", f"{run_s * 1000:.3g} ms for one row, {where}" if run_s is not None else where),
         ("load", f"{model.metrics.load_s:.3f} s"),
     ]
+
+
+def _print_progress(progress: Progress) -> None:
+    """Show a long fetch on stderr: one line that is written over on a terminal, else one line when it is done."""
+    is_done = progress.done_bytes == progress.total_bytes
+    line = f"fetching {progress.uri}: {progress.done_bytes / 1e6:.1f} of {progress.total_bytes / 1e6:.1f} MB"
+    if sys.stderr.isatty():
+        print(f"\r{line}", end="\n" if is_done else "", file=sys.stderr, flush=True)
+    elif is_done:
+        print(line, file=sys.stderr)
 
 
 def _tensor(spec: TensorSpec) -> str:

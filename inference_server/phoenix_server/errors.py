@@ -91,7 +91,6 @@ class Reason(StrEnum):
     PROVIDER_UNAVAILABLE = "ProviderUnavailable"
     PORT_IN_USE = "PortInUse"
     INVALID_SETTING = "InvalidSetting"
-    STATE_UNWRITABLE = "StateUnwritable"
 
     @property
     def exit_code(self) -> int:
@@ -116,7 +115,6 @@ _MEANINGS = {
     Reason.PROVIDER_UNAVAILABLE: "The accelerator asked for is not there and `policy` is `Require`.",
     Reason.PORT_IN_USE: "Another process listens on the port; set `PHOENIX_HTTP_PORT` or `PHOENIX_GRPC_PORT`.",
     Reason.INVALID_SETTING: "A `PHOENIX_*` variable is unknown or wrong; the message names it.",
-    Reason.STATE_UNWRITABLE: "`PHOENIX_STATE_DIR` cannot be written.",
 }
 
 

@@ -20,6 +20,7 @@ import pytest
 from onnx import TensorProto, helper
 from phoenix_process import Running, wait_until
 
+import phoenix_api
 from phoenix_server.errors import Reason
 
 IRIS = Path(__file__).parents[2] / "examples" / "iris"
@@ -214,6 +215,10 @@ def test_fault_has_its_own_reason_message_and_exit_code(
     assert checked.returncode == reason.exit_code, checked.stdout
     assert f"FAILED {reason}" in " ".join(checked.stdout.split())
     assert message in checked.stdout
+
+
+def test_reasons_are_those_of_the_api() -> None:
+    assert {reason.value for reason in Reason} <= {reason.value for reason in phoenix_api.Reason}
 
 
 def test_exit_codes_differ() -> None:
