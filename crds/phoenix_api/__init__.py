@@ -6,7 +6,7 @@ Importing it stays light, because a server imports it before it can answer: the 
 
 from phoenix_api.conditions import CONDITIONS, ConditionRow, ConditionType, Reason
 from phoenix_api.faults import Fault, ManifestError
-from phoenix_api.manifest import Manifest, parse_manifests, read_manifests
+from phoenix_api.manifest import MANIFEST_SUFFIXES, Manifest, manifest_files, parse_manifests, read_manifests
 from phoenix_api.quantity import Quantity
 from phoenix_api.status import Condition, ConditionStatus, Status
 from phoenix_api.types import (
@@ -32,6 +32,7 @@ __all__ = [
     "CONDITIONS",
     "GROUP",
     "KIND",
+    "MANIFEST_SUFFIXES",
     "AcceleratorPolicy",
     "AuditMode",
     "Condition",
@@ -54,6 +55,7 @@ __all__ = [
     "RolloutStrategy",
     "ScalingMetric",
     "Status",
+    "manifest_files",
     "parse_manifests",
     "read_manifests",
 ]

@@ -16,7 +16,7 @@ from phoenix_api import documents
 from phoenix_api.faults import Fault, Location, ManifestError, close_match, explain, path_of, shown
 from phoenix_api.types import API_VERSION, GROUP, KIND, PhoenixModel
 
-_SUFFIXES = (".yaml", ".yml", ".json")
+MANIFEST_SUFFIXES = (".yaml", ".yml", ".json")
 _WANTED = f"a {KIND} (apiVersion: {API_VERSION}, kind: {KIND})"
 
 
@@ -74,13 +74,13 @@ class _Reading:
     def read_folder(self, folder: Path) -> None:
         found, was_read_before = self._found, False
         try:
-            for file in _files_below(folder):
+            for file in manifest_files(folder):
                 was_read_before |= os.path.realpath(file) in self._files_read
                 self.read_file(file, is_named=False)
         except OSError as error:
             self._faults.append(_unreadable(Path(error.filename or folder), error))
         if found == self._found and not was_read_before:
-            kinds = ", ".join(f"*{suffix}" for suffix in _SUFFIXES)
+            kinds = ", ".join(f"*{suffix}" for suffix in MANIFEST_SUFFIXES)
             self._faults.append(Fault(folder, 0, "", f"expected {_WANTED} in {kinds} files below it, found none"))
 
     def read_file(self, file: Path, *, is_named: bool) -> None:
@@ -166,7 +166,7 @@ def _summary(read: list[documents.Document]) -> str:
     return ", ".join(sorted(kinds)) or "nothing"
 
 
-def _files_below(folder: Path, above: frozenset[str] = frozenset()) -> Iterator[Path]:
+def manifest_files(folder: Path, above: frozenset[str] = frozenset()) -> Iterator[Path]:
     """Yield manifest files, sorted. Hidden entries are skipped: a ConfigMap mount keeps its real files there."""
     real = os.path.realpath(folder)
     if real in above:
@@ -175,8 +175,8 @@ def _files_below(folder: Path, above: frozenset[str] = frozenset()) -> Iterator[
         if entry.name.startswith("."):
             continue
         if entry.is_dir():
-            yield from _files_below(entry, above | {real})
-        elif entry.suffix in _SUFFIXES:
+            yield from manifest_files(entry, above | {real})
+        elif entry.suffix in MANIFEST_SUFFIXES:
             yield entry
 
 

@@ -109,10 +109,10 @@ def _manifests(paths: list[Path], *, strict: bool) -> "list[Manifest]":
     Of several paths, files that are named like no manifest are left out: a shell makes `examples/README.md` of
     `examples/*` too.
     """
-    from phoenix_api import ManifestError, read_manifests
+    from phoenix_api import MANIFEST_SUFFIXES, ManifestError, read_manifests
 
     if len(paths) > 1:
-        paths = [path for path in paths if path.is_dir() or path.suffix in (".yaml", ".yml", ".json")] or paths
+        paths = [path for path in paths if path.is_dir() or path.suffix in MANIFEST_SUFFIXES] or paths
     try:
         return read_manifests(paths, strict=True)
     except ManifestError as error:

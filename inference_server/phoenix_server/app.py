@@ -8,8 +8,8 @@ error at once and liveness is answered while models are fetched. The end is the 
 import asyncio
 import contextlib
 import logging
+import os
 import signal
-import sys
 import time
 from collections.abc import AsyncIterator, Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -104,7 +104,8 @@ async def serve(
 
     def on_signal(name: str) -> None:
         if stop.is_set():
-            sys.exit(130)
+            logging.shutdown()
+            os._exit(130)  # at once: unwinding under threads of native code can crash instead
         _log.info("stopping", extra={"signal": name})
         stop.set()
         if not is_up:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 
-from phoenix_api import Manifest, ManifestError, read_manifests
+from phoenix_api import Manifest, ManifestError, manifest_files, read_manifests
 from phoenix_server.artifacts import ArtifactStore
 from phoenix_server.errors import Code, ModelLoadError, PhoenixError, Reason
 from phoenix_server.metrics import Metrics
@@ -202,7 +202,8 @@ class Repository:
         declared = {_key(manifest): manifest for manifest in manifests}
         for key, manifest in declared.items():
             slot = self._slots.get(key)
-            if slot is None or slot.manifest.model != manifest.model or slot.state is State.UNAVAILABLE or (
+            has_failed = slot is not None and slot.is_wanted and slot.state is State.UNAVAILABLE
+            if slot is None or slot.manifest.model != manifest.model or has_failed or (
                 slot.served is not None and slot.served.stamps != stamps_of(slot.served.artifact)
             ):  # fmt: skip
                 with contextlib.suppress(ModelLoadError):  # logged and kept as the slot's reason
@@ -225,10 +226,13 @@ class Repository:
         while True:
             files = {slot.manifest.file for slot in self._slots.values()}
             files |= {file for model in self.served() for file in model.artifact.files}
-            found = await asyncio.to_thread(_fingerprint, paths, files)
-            if found != seen:
-                await self.reload(paths)  # the first time too: something may have changed during the start
-                seen = found
+            try:
+                found = await asyncio.to_thread(_fingerprint, paths, files)
+                if found != seen:
+                    await self.reload(paths)  # the first time too: something may have changed during the start
+                    seen = found
+            except Exception:  # a folder that vanishes while it is read must not end the watching
+                _log.exception("looking for changed files failed; trying again")
             await asyncio.sleep(_WATCH_S)
 
     async def close(self) -> None:
@@ -294,7 +298,7 @@ def _fingerprint(paths: Iterable[Path], files: Iterable[Path]) -> dict[Path, tup
     """Return what changes when a manifest under `paths`, or a file in the folder of one of `files`, does."""
     candidates: set[Path] = set()
     for path in paths:
-        candidates.update(path.rglob("*.*") if path.is_dir() else [path])
+        candidates.update(manifest_files(path) if path.is_dir() else [path])
     for folder in {file.parent for file in files}:
         with contextlib.suppress(OSError):
             candidates.update(folder.iterdir())

@@ -357,7 +357,32 @@ def test_server_that_may_keep_going_is_live_but_not_ready(tmp_path: Path) -> Non
         wait_until(lambda: request(server, "GET", "/v2/health/ready")[0] == 200, "ready once the model is there")
 
 
-def test_sigint_ends_cleanly_and_twice_at_once(tmp_path: Path) -> None:
+def test_model_unloaded_by_request_stays_so_when_other_files_change(tmp_path: Path) -> None:
+    folder = tmp_path / "models"
+    write_model(folder, times(2))
+    write_manifest(folder)
+    with phoenix_process.start([folder]) as server:
+        assert request(server, "POST", "/v2/repository/models/times/unload", b"")[0] == 200
+        write_manifest(folder, "second", "second.yaml")
+        wait_until(lambda: index(server).get(("second", "1"), {}).get("state") == "READY", "the second model answers")
+        assert index(server)["times", "1"]["reason"] == "unloaded by request"
+        assert request(server, "POST", "/v2/models/times/infer", BODY)[0] == 503
+
+
+def interrupt_twice() -> None:
+    with phoenix_process.start([IRIS], {"PHOENIX_DRAIN_SECONDS": "60"}) as server:
+        server.process.send_signal(signal.SIGINT)
+        wait_until(lambda: any('"stopping"' in line for line in server.stderr), "the first signal is taken")
+        server.process.send_signal(signal.SIGINT)
+        server.process.wait(30)
+
+
+def test_second_signal_ends_the_process_at_once() -> None:
+    with pytest.raises(AssertionError, match="ended with 130"):
+        interrupt_twice()
+
+
+def test_sigint_ends_cleanly(tmp_path: Path) -> None:
     shutil.copytree(IRIS, tmp_path / "iris")
     with phoenix_process.start([tmp_path / "iris"]) as server:
         server.process.send_signal(signal.SIGINT)
