@@ -76,12 +76,12 @@ ci: lint test ## What CI runs: everything above, from nothing
 ##@ Measure
 .PHONY: bench
 bench: $(DEV) ## Measure speed and memory against a naive endpoint and raw onnxruntime, in one run
-	$(SYNC) --extra server --group dev --group bench
+	$(SYNC) --extra server --extra operator --group dev --group bench
 	$(BIN)/python benchmarks/run.py $(BENCH_ARGS)
 
 .PHONY: bench-peers
 bench-peers: $(DEV) ## The same with MLServer and KServe, each in its own environment
-	$(SYNC) --extra server --group dev --group bench
+	$(SYNC) --extra server --extra operator --group dev --group bench
 	$(BIN)/python benchmarks/peers.py $(BENCH_ARGS)
 
 ##@ Housekeeping
@@ -99,6 +99,6 @@ $(RUN): pyproject.toml uv.lock | $(UV)
 	@touch $@
 
 $(DEV): pyproject.toml uv.lock | $(UV)
-	@echo "installing the server and the development tools into .venv" >&2
-	@$(SYNC) --extra server --group dev
+	@echo "installing server, operator and the development tools into .venv" >&2
+	@$(SYNC) --extra server --extra operator --group dev
 	@touch $(RUN) $@
