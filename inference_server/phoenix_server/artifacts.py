@@ -1,6 +1,6 @@
 """Turns `spec.model.uri` into local files whose digest is known; nothing that does not match it leaves this module.
 
-Hides where models lie (beside the manifest, in the model store, behind HTTPS, S3, GCS or Azure), credentials, retries,
+Hides where models lie (by the manifest, in the model store, behind HTTPS, S3, GCS or Azure), credentials, retries,
 deadlines, and when the copy in `model_cache` will do. Called by `repository` only; the one importer of `obstore`, and
 only for an address that needs it.
 
@@ -105,10 +105,11 @@ class ArtifactStore:
     ) -> Artifact:
         """Return the files of a model, checked against `sha256` where it is given. Raises `ModelLoadError`.
 
-        A relative `uri` is looked up in `beside` (the manifest's folder), then in the model store; what the operator
-        mounts (`pvc:`, `oci:`, `configmap:`) at its path in the model store. Links in these folders are followed: who
-        owns the folder decides. `credentials` (names as in the environment, and `ca.crt`) serve this fetch only and go
-        before the process environment.
+        A relative `uri` is looked up in `beside` (the manifest's folder), in the folder around that, then in the model
+        store: `iris/model.onnx` names the same file for a manifest in `iris/` and for one elsewhere. What the operator
+        mounts (`pvc:`, `oci:`, `configmap:`) is at its path in the model store. Links in these folders are followed:
+        who owns the folder decides. `credentials` (names as in the environment, and `ca.crt`) serve this fetch only and
+        go before the process environment.
         """
         wanted = sha256.lower() if sha256 else None
         if wanted and not re.fullmatch(r"[0-9a-f]{64}", wanted):
@@ -128,7 +129,9 @@ class ArtifactStore:
         scheme, is_url, rest = uri.partition("://")
         hint = ""
         if not is_url and uri and not uri.startswith("/"):
-            places = [folder / uri for folder in (beside, self._model_store) if folder]
+            # Absolute first: the parent of `.` would be `.` again.
+            folders = [beside, Path(os.path.abspath(beside)).parent] if beside else []
+            places = [folder / uri for folder in (*folders, self._model_store)]
         elif scheme == "file" and rest.startswith("/"):
             places = [Path(unquote(rest))]
         elif scheme in ("pvc", "configmap", "oci"):

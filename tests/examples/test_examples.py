@@ -44,7 +44,7 @@ def manifest(name: str) -> dict[str, Any]:
 
 def model_path(name: str) -> Path:
     uri = manifest(name)["spec"]["model"]["uri"]
-    return model_store() / uri if name == "filetype" else EXAMPLES / name / uri
+    return (model_store() if name == "filetype" else EXAMPLES) / uri
 
 
 def session(path: Path) -> ort.InferenceSession:

@@ -106,6 +106,19 @@ def test_relative_path_is_looked_up_beside_the_manifest_first(world: World) -> N
     assert artifact == Artifact(beside, hashlib.sha256(OTHER).hexdigest(), len(OTHER), (beside,))
 
 
+def test_relative_path_is_looked_up_around_the_manifests_folder_before_the_store(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(world.store, {"iris/model.onnx": MODEL})
+    around = write(world.root, {"examples/iris/model.onnx": OTHER})
+    folder = world.root / "examples/iris"
+    assert world.fetch("iris/model.onnx", beside=folder).path == around
+    monkeypatch.chdir(folder)
+    assert world.fetch("iris/model.onnx", beside=Path()).path == around  # `serve model.yaml` in its own folder
+    beside = write(world.root, {"examples/iris/iris/model.onnx": MODEL})
+    assert world.fetch("iris/model.onnx", beside=folder).path == beside
+
+
 def test_file_uri_is_an_absolute_path(world: World) -> None:
     path = write(world.root, {"a model.onnx": MODEL})
     assert world.fetch(f"file://{world.root}/a%20model.onnx").path == path
@@ -113,7 +126,8 @@ def test_file_uri_is_an_absolute_path(world: World) -> None:
 
 def test_missing_file_names_every_place(world: World) -> None:
     message = world.refusal("iris/model.onnx", Reason.NOT_FOUND, beside=world.root / "manifests")
-    assert f"{world.root}/manifests/iris/model.onnx, {world.store}/iris/model.onnx" in message
+    places = [f"{folder}/iris/model.onnx" for folder in (world.root / "manifests", world.root, world.store)]
+    assert f"looked at {', '.join(places)}" in message
 
 
 def test_folder_is_no_model(world: World) -> None:
