@@ -136,8 +136,8 @@ class ModelSource(ApiObject):
     ] = Field(
         description="Where the model is: a path beside the manifest, in the folder around its folder, or under the "
         "model store (`iris/model.onnx`), `file:///absolute/path`, `https://…`, `s3://bucket/key`, `gs://bucket/key`, "
-        "`az://container/key`, `pvc://claim/path`, `oci://registry/repository@sha256:…#path`, or `configmap://name/key` "
-        "(under 1 MiB)."
+        "`az://container/key`, `pvc://claim/path`, `oci://registry/repository@sha256:…#path`, or "
+        "`configmap://name/key` (under 1 MiB)."
     )
     sha256: Annotated[str, text("^[0-9a-f]{64}$", "64 hex digits (0-9, a-f)", max_length=64)] | None = Field(
         None,
