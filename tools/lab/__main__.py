@@ -1,0 +1,86 @@
+"""The command line: `python -m lab …` with PYTHONPATH=tools. Answers go to stdout, progress to stderr."""
+
+import argparse
+import os
+import sys
+
+from . import LabError, binaries, cluster
+from .state import Lab, only_one
+
+
+def _parser() -> argparse.ArgumentParser:
+    named = argparse.ArgumentParser(add_help=False)
+    named.add_argument("--name", default=os.environ.get("LAB_NAME", "default"), help="which lab (or LAB_NAME)")
+    parser = argparse.ArgumentParser(prog="python -m lab", description="A real Kubernetes on this machine, for tests.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, text: str) -> argparse.ArgumentParser:
+        return commands.add_parser(name, help=text, description=text, parents=[named])
+
+    up = command("up", "start the lab; its kubeconfig's path is the last line on stdout")
+    up.add_argument("--control-plane", action="store_true", help="only etcd and an API server: no node, no root")
+    up.add_argument("--controllers", action="store_true", help="with --control-plane: the controller manager too")
+    down = command("down", "stop the lab and remove what its pods left")
+    down.add_argument("--purge", action="store_true", help="remove its images and logs too")
+    command("status", "show what runs")
+    command("kubeconfig", "print the path of the kubeconfig")
+    command("audit-log", "print the path of the API server's audit log")
+    load = command("load", "copy images from Docker, or from archives, into the node")
+    load.add_argument("images", nargs="+", metavar="IMAGE")
+    for verb in ("start", "stop", "restart"):
+        part = command(f"{verb}-component", f"{verb} one part of the lab")
+        part.add_argument("part", choices=cluster.COMPONENTS)
+    binary = command("binary", "print the path of a program, built first if need be")
+    binary.add_argument("program", choices=binaries.PROGRAMS)
+    return parser
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    lab = Lab(arguments.name)
+    match arguments.command:
+        case "up" if arguments.control_plane:
+            print(cluster.up_control_plane(lab, controllers=arguments.controllers))
+        case "up":
+            print(cluster.up(lab))
+        case "down":
+            cluster.down(lab, purge=arguments.purge)
+        case "status":
+            lines, is_well = cluster.status(lab)
+            print("\n".join(lines))
+            return 0 if is_well else 1
+        case "kubeconfig":
+            print(cluster.given_kubeconfig() or (lab.require() and lab.kubeconfig))
+        case "audit-log":
+            print(lab.require() and lab.audit_log)
+        case "load":
+            cluster.load(lab, arguments.images)
+        case "stop-component":
+            cluster.stop_component(lab, arguments.part)
+        case "start-component":
+            cluster.start_component(lab, arguments.part)
+        case "restart-component":
+            cluster.stop_component(lab, arguments.part)
+            cluster.start_component(lab, arguments.part)
+        case "binary":
+            binaries.build([arguments.program])
+            print(binaries.path(arguments.program))
+    return 0
+
+
+def main() -> int:
+    """Run one command, alone for its lab."""
+    arguments = _parser().parse_args()
+    # iptables and conntrack are not on everybody's PATH; what runs here reaches nothing through a proxy
+    os.environ["PATH"] += ":/usr/sbin:/sbin"
+    try:
+        if arguments.command in ("status", "kubeconfig", "audit-log", "binary"):
+            return _run(arguments)
+        with only_one(arguments.name):
+            return _run(arguments)
+    except LabError as error:
+        print(f"lab: {error}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
