@@ -48,6 +48,8 @@ class Reason(StrEnum):
     UNKNOWN_BACKEND = "UnknownBackend", "A binding names a backend that the operator's settings do not know."
     NAME_CLASH = "NameClash", "An object or host of this name belongs to somebody else."
     NOT_SUPPORTED_YET = "NotSupportedYet", "The spec asks for something that this release does not do yet."
+    KIND_NOT_SERVED = "KindNotServed", "The spec needs a kind of object that the cluster does not serve."
+    OBJECT_REFUSED = "ObjectRefused", "The API server refuses an object that the spec asks for."
     # ModelVerified
     DIGEST_MISMATCH = "DigestMismatch", "The file is not the one that sha256 names; it is never loaded."
     FETCH_FAILED = "FetchFailed", "The store did not give the model."
@@ -71,6 +73,9 @@ class Reason(StrEnum):
     TARGET_BELOW_SERVICE_TIME = "TargetBelowServiceTime", "One request alone takes longer than targetLatency."
     SCALING_LIMITED = "ScalingLimited", "The HPA wants more replicas than maxReplicas."
     # Available
+    SCALED_TO_ZERO = "ScaledToZero", "No pods are asked for."
+    PODS_REFUSED = "PodsRefused", "The API server refuses to make pods."
+    CONFIGURATION_MISSING = "ConfigurationMissing", "A Secret or ConfigMap that the container needs is missing."
     LOADING = "Loading", "Pods are starting or loading the model."
     CRASH_LOOP = "CrashLoop", "The server ends again and again."
     IMAGE_PULL_FAILED = "ImagePullFailed", "The server image cannot be pulled."
@@ -96,7 +101,14 @@ CONDITIONS: dict[ConditionType, ConditionRow] = {
     ConditionType.ACCEPTED: ConditionRow(
         "the spec is understood",
         (Reason.SPEC_UNDERSTOOD,),
-        (Reason.INVALID_SPEC, Reason.UNKNOWN_BACKEND, Reason.NAME_CLASH, Reason.NOT_SUPPORTED_YET),
+        (
+            Reason.INVALID_SPEC,
+            Reason.UNKNOWN_BACKEND,
+            Reason.NAME_CLASH,
+            Reason.NOT_SUPPORTED_YET,
+            Reason.KIND_NOT_SERVED,
+            Reason.OBJECT_REFUSED,
+        ),
     ),
     ConditionType.MODEL_VERIFIED: ConditionRow(
         "the digest matched and the model loads",
@@ -104,6 +116,7 @@ CONDITIONS: dict[ConditionType, ConditionRow] = {
         (
             Reason.DIGEST_MISMATCH,
             Reason.FETCH_FAILED,
+            Reason.SECRET_MISSING,
             Reason.NOT_FOUND,
             Reason.INVALID_MODEL,
             Reason.EXTERNAL_DATA_MISSING,
@@ -139,12 +152,15 @@ CONDITIONS: dict[ConditionType, ConditionRow] = {
         "at least one replica answers",
         (Reason.REPLICAS_AVAILABLE,),
         (
+            Reason.SCALED_TO_ZERO,
             Reason.LOADING,
             Reason.CRASH_LOOP,
             Reason.IMAGE_PULL_FAILED,
             Reason.OUT_OF_MEMORY,
             Reason.UNSCHEDULABLE,
             Reason.QUOTA_EXCEEDED,
+            Reason.PODS_REFUSED,
+            Reason.CONFIGURATION_MISSING,
             Reason.INVALID_SETTING,
             Reason.PORT_IN_USE,
         ),
@@ -153,5 +169,8 @@ CONDITIONS: dict[ConditionType, ConditionRow] = {
         "a rollout is under way or done", (Reason.ROLLING_OUT, Reason.ROLLED_OUT), (Reason.DEADLINE_EXCEEDED,)
     ),
     # its other reasons are those of the first condition that fails
-    ConditionType.READY: ConditionRow("all of the above hold for this generation", (Reason.READY,)),
+    ConditionType.READY: ConditionRow(
+        "all of the above hold for this generation; with policy Prefer, AcceleratorReady need not",
+        (Reason.READY, Reason.FELL_BACK_TO_CPU),
+    ),
 }

@@ -1,7 +1,7 @@
 """The vocabulary that `types` and `status` are written in: the base class of API objects and bounded field types.
 
 It hides three habits of the Kubernetes API: camelCase names, null meaning absent, and cross-field rules that live
-beside the schema (`rules`). Nothing outside this package imports it.
+beside the schema (`rules`). Outside this package, only the settings of the operator are written in it.
 """
 
 from typing import Annotated, Any, Self

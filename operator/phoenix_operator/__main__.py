@@ -1,0 +1,106 @@
+"""The command line: `phoenix-operator run | render | manifests`. The only place that reads the environment."""
+
+import argparse
+import asyncio
+import logging
+import os
+import socket
+import sys
+from pathlib import Path
+
+from phoenix_operator import __version__
+from phoenix_operator.settings import Settings, SettingsError, read_settings
+
+_log = logging.getLogger(__name__)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line and return the exit code: 0, 1 for a failure, 2 for wrong usage or settings."""
+    options = _parser().parse_args(arguments)
+    try:
+        settings = read_settings(getattr(options, "settings", None))
+        return int(options.command(options, settings))
+    except SettingsError as error:
+        print(f"phoenix-operator: {error}", file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="phoenix-operator", description=sys.modules["phoenix_operator"].__doc__)
+    parser.add_argument("--version", action="version", version=f"phoenix-operator {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    run = commands.add_parser("run", help="run the operator", description="Run the operator until SIGTERM.")
+    run.add_argument("--settings", type=Path, metavar="FILE", help="settings (YAML)")
+    run.add_argument("--namespaces", type=_names, default=(), metavar="A,B", help="namespaces; absent: the cluster")
+    run.add_argument("--log-level", choices=["debug", "info", "warning", "error"], default="info")
+    run.set_defaults(command=_run)
+
+    render = commands.add_parser(
+        "render",
+        help="print what the operator would apply",
+        description="Print what the operator would apply for the PhoenixModels of files and folders; needs no cluster.",
+    )
+    render.add_argument("paths", nargs="+", type=Path, metavar="FILE")
+    render.add_argument("--settings", type=Path, metavar="FILE", help="settings (YAML)")
+    render.set_defaults(command=_render)
+
+    manifests = commands.add_parser(
+        "manifests",
+        help="write the operator's own manifests",
+        description="Write a folder for `kubectl apply -k`: CRD, rights, settings, Deployment.",
+    )
+    manifests.add_argument("folder", type=Path, metavar="FOLDER")
+    manifests.add_argument(
+        "--namespaces", type=_names, default=(), metavar="A,B", help="install with Roles in these namespaces only"
+    )
+    manifests.add_argument(
+        "--secrets", type=_names, default=(), metavar="A,B", help="Secrets that it may read, with --namespaces"
+    )
+    manifests.set_defaults(command=_manifests)
+    return parser
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name for name in text.split(",") if name)
+
+
+def _run(options: argparse.Namespace, settings: Settings) -> int:
+    from phoenix_operator import app, logs
+
+    logs.configure(options.log_level)
+    identity = os.environ.get("POD_NAME") or f"{socket.gethostname()}-{os.getpid()}"
+    place = app.Place(os.environ.get("POD_NAMESPACE") or "phoenix-system", identity, options.namespaces)
+    try:
+        asyncio.run(app.run(settings, place))
+    except Exception:
+        _log.exception("the operator ended; it should be started again")
+        return 1
+    return 0
+
+
+def _render(options: argparse.Namespace, settings: Settings) -> int:
+    from phoenix_api import ManifestError
+    from phoenix_operator.install import NAMESPACE
+    from phoenix_operator.render import render
+
+    try:
+        return render(options.paths, settings, operator_namespace=NAMESPACE)
+    except ManifestError as error:
+        print(error, file=sys.stderr)
+        return 1
+
+
+def _manifests(options: argparse.Namespace, _: Settings) -> int:
+    from phoenix_api import crd
+    from phoenix_operator import install
+
+    options.folder.mkdir(parents=True, exist_ok=True)
+    for name, text in install.files(crd.render(), namespaces=options.namespaces, secrets=options.secrets).items():
+        (options.folder / name).write_text(text)
+        print(f"wrote {options.folder / name}", file=sys.stderr)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

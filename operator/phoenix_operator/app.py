@@ -1,0 +1,250 @@
+"""Owns every lifetime of a running operator: what is started, in which order, and how it ends.
+
+Order: probes → API server → lease → watches, workers, second look. SIGTERM: the watches end, running reconciles are
+finished, the lease is given back. A lost lease or a broken watch ends the process at once: somebody else leads, or the
+next start begins from what the cluster says.
+"""
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import time
+from collections.abc import AsyncIterator, Coroutine, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from phoenix_operator import handlers, probes
+from phoenix_operator.cluster import Cluster
+from phoenix_operator.kinds import (
+    CHILDREN,
+    HTTP_ROUTE,
+    PHOENIX_MODEL,
+    POD,
+    POD_MONITOR,
+    SERVICE_MONITOR,
+    Kind,
+)
+from phoenix_operator.leader import Lease
+from phoenix_operator.metrics import Metrics
+from phoenix_operator.observed import Object
+from phoenix_operator.placement import Placement
+from phoenix_operator.pod_state import PodStates
+from phoenix_operator.queue import KeyedQueue
+from phoenix_operator.reconcile import Parts, Reconciler
+from phoenix_operator.recorder import Recorder
+from phoenix_operator.resync import Resync
+from phoenix_operator.settings import MonitorKind, RouteKind, Settings
+from phoenix_operator.store import Key, Store
+
+_log = logging.getLogger(__name__)
+_LEASE = "phoenix-operator"
+_STUCK_S, _LATE_S = 300.0, 10.0
+_LAST_RECONCILES_S = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where this process runs, and what it is responsible for. Without `namespaces`: the whole cluster."""
+
+    namespace: str
+    identity: str
+    namespaces: tuple[str, ...] = ()
+
+
+def watched_kinds(settings: Settings) -> tuple[Kind, ...]:
+    """Return the kinds to watch: all that the settings may lead to."""
+    switched = {
+        HTTP_ROUTE: settings.routes.kind is RouteKind.HTTP_ROUTE,
+        POD_MONITOR: settings.monitoring.kind is MonitorKind.POD_MONITOR,
+        SERVICE_MONITOR: settings.monitoring.kind is MonitorKind.SERVICE_MONITOR,
+    }
+    return (PHOENIX_MODEL, POD, *(kind for kind in CHILDREN if switched.get(kind, True)))
+
+
+async def run(settings: Settings, place: Place) -> None:
+    """Run until SIGTERM or SIGINT. Raises `OSError` for a taken port, and whatever ends the watches."""
+    stop = asyncio.Event()
+    _on_signals(stop)
+    async with _operator(settings, place) as operator:
+        await operator.run(stop)
+    _log.info("stopped")
+
+
+@contextlib.asynccontextmanager
+async def _operator(settings: Settings, place: Place) -> AsyncIterator["_Operator"]:
+    async with contextlib.AsyncExitStack() as stack:
+        metrics = Metrics()
+        cluster = await Cluster.connect(
+            per_second=settings.api_requests_per_second,
+            timeout_s=settings.request_timeout_seconds,
+            observer=metrics.on_request,
+        )
+        stack.push_async_callback(cluster.close)
+        states = PodStates(metrics, timeout_s=settings.state_timeout_seconds)
+        stack.push_async_callback(states.close)
+        operator = _Operator(settings, place, cluster, states, metrics)
+        runner = await probes.serve(settings.http_port, metrics, health=operator.health, readiness=operator.readiness)
+        stack.push_async_callback(runner.cleanup)
+        yield operator
+
+
+class _Operator:
+    """The parts of a running operator."""
+
+    def __init__(self, settings: Settings, place: Place, cluster: Cluster, states: PodStates, metrics: Metrics) -> None:
+        self._settings, self._place, self._metrics = settings, place, metrics
+        self._cluster = cluster
+        self._store = Store()
+        self._queue: KeyedQueue[Key] = KeyedQueue()
+        self._kinds = watched_kinds(settings)
+        self._resync = Resync(
+            cluster,
+            self._store,
+            self._queue,
+            metrics,
+            kinds=self._kinds,
+            namespaces=place.namespaces,
+            every_s=settings.resync_seconds,
+        )
+        self._reconcile = Reconciler(
+            Parts(
+                cluster=cluster,
+                store=self._store,
+                settings=settings,
+                metrics=metrics,
+                states=states,
+                placement=Placement(cluster),
+                recorder=Recorder(cluster, metrics, host=place.identity),
+                operator_namespace=place.namespace,
+                served_kinds=lambda: self._resync.served_kinds,
+            )
+        )
+        self._lease = Lease(
+            cluster,
+            namespace=place.namespace,
+            name=_LEASE,
+            identity=place.identity,
+            seconds=settings.lease_seconds,
+        )
+        self._is_leading = False
+        self._watches_up = asyncio.Event()
+        self._lag_s = 0.0
+
+    async def run(self, stop: asyncio.Event) -> None:
+        """Wait for the lease, work until `stop`, give the lease back."""
+        if not await _done_before(stop, self._lease.acquire()):
+            return
+        self._is_leading = True
+        self._metrics.leader.set(1)
+        await self._resync.discover()
+        workers = [asyncio.create_task(self._queue.work(self._reconcile)) for _ in range(self._settings.workers)]
+        chores: tuple[Coroutine[Any, Any, None], ...] = (
+            self._measure(),
+            self._take_signals_back(stop),
+            self._resync.look_at_models(),
+            self._resync.look_at_kinds(),
+        )
+        background = [asyncio.create_task(chore) for chore in chores]
+        holding = asyncio.create_task(self._lease.hold())
+        stop_watching = asyncio.Event()
+        watching = asyncio.create_task(
+            handlers.watch(
+                self._kinds,
+                self._take,
+                self._settings,
+                namespaces=self._place.namespaces,
+                stop=stop_watching,
+                ready=self._watches_up,
+            )
+        )
+        stopping = asyncio.create_task(stop.wait())
+        await asyncio.wait({holding, watching, stopping}, return_when=asyncio.FIRST_COMPLETED)
+        if holding.done():
+            # somebody else may lead already: not one more write
+            _log.error("the lease is lost; ending")
+            logging.shutdown()
+            os._exit(1)
+        for task in (holding, *background):
+            task.cancel()
+        stop_watching.set()
+        await _settle(self._finish(workers))
+        self._metrics.leader.set(0)
+        await self._lease.release()
+        await asyncio.wait({watching}, timeout=20)
+        for task in (stopping, watching):
+            task.cancel()
+        if watching.done() and not watching.cancelled() and (error := watching.exception()):
+            raise error
+
+    def health(self) -> list[str]:
+        """Return what is wrong with the work."""
+        wrong = [f"the watch of {kind} misses changes" for kind in self._resync.stalled]
+        if self._queue.oldest_s() > _STUCK_S:
+            wrong.append(f"a model waits or is worked on for {self._queue.oldest_s():.0f} s")
+        if self._lag_s > _LATE_S:
+            wrong.append(f"the event loop is {self._lag_s:.0f} s late")
+        return wrong
+
+    def readiness(self) -> list[str]:
+        """A standby is ready to take over; a leader once its watches are up."""
+        return ["the watches are not up yet"] if self._is_leading and not self._watches_up.is_set() else []
+
+    def _take(self, kind: Kind, type_: str | None, body: Object) -> None:
+        """Put an event's object into the store and its model into the queue."""
+        self._metrics.watch_events.labels(str(kind), type_ or "LISTED").inc()
+        if type_ == "DELETED":
+            key = self._store.discard(kind, body)
+            if key is not None and kind is PHOENIX_MODEL:
+                self._queue.forget(key)
+        else:
+            key = self._store.put(kind, body)
+        if key is not None:
+            self._queue.add(key)
+
+    async def _measure(self) -> None:
+        """Keep the gauges and the loop's lag current."""
+        while True:
+            before = time.monotonic()
+            await asyncio.sleep(1)
+            self._lag_s = time.monotonic() - before - 1
+            self._metrics.loop_lag.set(self._lag_s)
+            self._metrics.queue_depth.set(self._queue.depth)
+            self._metrics.queue_oldest.set(self._queue.oldest_s())
+            self._metrics.retries.set(self._queue.retries())
+            self._metrics.models.set(len(self._store.models()))
+
+    async def _take_signals_back(self, stop: asyncio.Event) -> None:
+        """Undo kopf's own signal handlers. (A signal before that ends the watches cleanly, which is a stop too.)"""
+        await self._watches_up.wait()
+        _on_signals(stop)
+
+    async def _finish(self, workers: Sequence["asyncio.Task[None]"]) -> None:
+        """Let running reconciles end; what waits is for the next leader."""
+        self._queue.close()
+        await asyncio.gather(*workers, return_exceptions=True)
+
+
+def _on_signals(stop: asyncio.Event) -> None:
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(signum, stop.set)
+
+
+async def _settle(work: Coroutine[Any, Any, None]) -> None:
+    """Do it for a bounded time."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(_LAST_RECONCILES_S):
+            await work
+
+
+async def _done_before(stop: asyncio.Event, work: Coroutine[Any, Any, None]) -> bool:
+    """Return whether the work was done before `stop` was set; else it is cancelled."""
+    working, stopping = asyncio.create_task(work), asyncio.create_task(stop.wait())
+    await asyncio.wait({working, stopping}, return_when=asyncio.FIRST_COMPLETED)
+    stopping.cancel()
+    if working.done():
+        await working
+        return True
+    working.cancel()
+    return False

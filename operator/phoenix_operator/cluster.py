@@ -1,0 +1,279 @@
+"""The API server, as plain dicts: get, list, apply, delete, patch the status, ask what is served.
+
+Hides the `kubernetes` package (only `leader` also uses this module's client, nobody else imports the package), paths,
+authentication, deadlines, pace, retries after 429, and how an error body becomes a sentence. Writes are server-side
+apply under one field manager, so that the operator owns the fields it sends and no others.
+"""
+
+import asyncio
+import json
+import random
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Self
+from urllib.parse import quote, urlencode
+
+import aiohttp
+from kubernetes.aio import client, config
+
+from phoenix_operator.kinds import Kind
+from phoenix_operator.observed import Object
+
+FIELD_MANAGER = "phoenix-operator"
+_STATUS_MANAGER = "phoenix-operator-status"
+_PAGE = 500
+_MOST_TRIES = 5
+_APPLY = "application/apply-patch+yaml"
+_ONLY_METADATA = "application/json;as=PartialObjectMetadata;g=meta.k8s.io;v=v1"
+_ONLY_METADATA_LIST = "application/json;as=PartialObjectMetadataList;g=meta.k8s.io;v=v1"
+
+# Told of each request: verb, HTTP code (0: no answer), seconds.
+Observer = Callable[[str, int, float], None]
+
+
+class ApiError(Exception):
+    """An answer that is no success, or none at all (`code` 0). `reason` is the API server's, for example `Conflict`."""
+
+    def __init__(self, code: int, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+        self.reason = reason
+        self.message = message
+
+    @property
+    def is_refusal(self) -> bool:
+        """Whether the object, not the moment, is at fault: trying the same again is of little use."""
+        return self.code in (400, 403, 405, 406, 413, 415, 422)
+
+    @property
+    def is_quota(self) -> bool:
+        """Whether a quota of the namespace is exhausted."""
+        return self.code == 403 and "exceeded quota" in self.message
+
+    @property
+    def is_namespace_ending(self) -> bool:
+        """Whether the namespace is being deleted."""
+        return self.code == 403 and "because it is being terminated" in self.message
+
+
+class Pace:
+    """A token bucket: `per_second` on average, a second's worth at once."""
+
+    def __init__(self, per_second: float) -> None:
+        self._per_second = per_second
+        self._tokens, self._at = per_second, time.monotonic()
+
+    async def wait(self) -> None:
+        """Wait for a token."""
+        now = time.monotonic()
+        self._tokens = min(self._per_second, self._tokens + (now - self._at) * self._per_second)
+        self._at = now
+        self._tokens -= 1
+        if self._tokens < 0:
+            await asyncio.sleep(-self._tokens / self._per_second)
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    """A whole list with the version that it is of."""
+
+    items: list[Object]
+    version: str
+
+
+class Cluster:
+    """A connection to one API server."""
+
+    def __init__(self, api: client.ApiClient, *, pace: Pace, timeout_s: float, observer: Observer) -> None:
+        self._api, self._pace, self._timeout_s, self._observer = api, pace, timeout_s, observer
+
+    @classmethod
+    async def connect(
+        cls, *, per_second: float, timeout_s: float, observer: Observer = lambda verb, code, seconds: None
+    ) -> Self:
+        """Use the pod's ServiceAccount where there is one, else the current kubeconfig."""
+        configuration = client.Configuration()
+        try:
+            config.load_incluster_config(client_configuration=configuration)
+        except config.ConfigException:
+            await config.load_kube_config(client_configuration=configuration)
+        configuration.connection_pool_maxsize = 50
+        return cls(client.ApiClient(configuration), pace=Pace(per_second), timeout_s=timeout_s, observer=observer)
+
+    async def close(self) -> None:
+        """Close the connections."""
+        await self._api.close()
+
+    async def get(self, kind: Kind, namespace: str | None, name: str) -> Object | None:
+        """Return an object, or None if there is none."""
+        try:
+            answer: Object = await self._request("GET", kind.path(namespace, name))
+        except ApiError as error:
+            if error.code == 404:
+                return None
+            raise
+        return answer
+
+    async def exists(self, kind: Kind, namespace: str, name: str) -> bool:
+        """Return whether an object is there, without its content: a Secret stays where it is."""
+        try:
+            await self._request("GET", kind.path(namespace, name), accept=_ONLY_METADATA)
+        except ApiError as error:
+            if error.code == 404:
+                return False
+            raise
+        return True
+
+    async def list(
+        self,
+        kind: Kind,
+        namespace: str | None,
+        *,
+        labels: str | None = None,
+        fields: str | None = None,
+        only_metadata: bool = False,
+    ) -> Page:
+        """Return all objects of a kind, asked for in pages of 500."""
+        items: list[Object] = []
+        query: dict[str, str] = {"limit": str(_PAGE)}
+        query |= {"labelSelector": labels} if labels else {}
+        query |= {"fieldSelector": fields} if fields else {}
+        accept = _ONLY_METADATA_LIST if only_metadata else "application/json"
+        while True:
+            answer = await self._request("GET", kind.path(namespace), query=query, accept=accept, verb="LIST")
+            items += answer.get("items") or []
+            token = answer["metadata"].get("continue")
+            if not token:
+                return Page(items, answer["metadata"].get("resourceVersion", ""))
+            query["continue"] = token
+
+    async def apply(self, kind: Kind, manifest: Object, *, is_first: bool = False) -> Object:
+        """Create the object or make it so; return what is stored. With `is_first` a foreign object is not overwritten.
+
+        Raises `ApiError`: 409 if the object is new to us and somebody else's fields are in the way.
+        """
+        metadata = manifest["metadata"]
+        query = {"fieldManager": FIELD_MANAGER, "fieldValidation": "Strict"}
+        if not is_first:
+            query["force"] = "true"
+        path = kind.path(metadata["namespace"], metadata["name"])
+        stored: Object = await self._request(
+            "PATCH", path, query=query, body=manifest, content_type=_APPLY, verb="APPLY"
+        )
+        return stored
+
+    async def apply_status(self, kind: Kind, namespace: str, name: str, status: Object) -> Object:
+        """Make the status so; return the object."""
+        body = {
+            "apiVersion": kind.api_version,
+            "kind": kind.kind,
+            "metadata": {"name": name, "namespace": namespace},
+            "status": status,
+        }
+        query = {"fieldManager": _STATUS_MANAGER, "force": "true"}
+        return await self._apply(kind.path(namespace, name, "status"), query, body, "STATUS")
+
+    async def delete(self, kind: Kind, namespace: str, name: str, *, uid: str) -> None:
+        """Delete the object with this uid; none is fine, one with another uid is left alone."""
+        body = {"kind": "DeleteOptions", "apiVersion": "v1", "preconditions": {"uid": uid}, **_IN_BACKGROUND}
+        try:
+            await self._request("DELETE", kind.path(namespace, name), body=body)
+        except ApiError as error:
+            if error.code not in (404, 409):
+                raise
+
+    async def create(self, kind: Kind, manifest: Object) -> Object:
+        """Create the object. Raises `ApiError` 409 if it is there."""
+        stored: Object = await self._request(
+            "POST", kind.path(manifest["metadata"]["namespace"]), body=manifest, verb="CREATE"
+        )
+        return stored
+
+    async def replace(self, kind: Kind, manifest: Object) -> Object:
+        """Replace the object of the same resourceVersion. Raises `ApiError` 409 if somebody was faster."""
+        metadata = manifest["metadata"]
+        stored: Object = await self._request("PUT", kind.path(metadata["namespace"], metadata["name"]), body=manifest)
+        return stored
+
+    async def served(self, kinds: tuple[Kind, ...]) -> frozenset[Kind]:
+        """Return those of the kinds that the API server serves."""
+        found = set()
+        for root in {kind.root for kind in kinds}:
+            try:
+                answer = await self._request("GET", root)
+            except ApiError as error:
+                if error.code in (403, 404):
+                    continue
+                raise
+            plurals = {row["name"] for row in answer.get("resources", [])}
+            found |= {kind for kind in kinds if kind.root == root and kind.plural in plurals}
+        return frozenset(found)
+
+    async def _apply(self, path: str, query: dict[str, str], body: Object, verb: str) -> Object:
+        stored: Object = await self._request("PATCH", path, query=query, body=body, content_type=_APPLY, verb=verb)
+        return stored
+
+    async def _request(
+        self,
+        method: str,
+        path: str,
+        *,
+        query: dict[str, str] | None = None,
+        body: Object | None = None,
+        content_type: str = "application/json",
+        accept: str = "application/json",
+        verb: str | None = None,
+    ) -> Any:
+        headers = {"Content-Type": content_type, "Accept": accept, "User-Agent": FIELD_MANAGER}
+        await self._api.update_params_for_auth(headers, [], ["BearerToken"], path, method, body)
+        address = f"{self._api.configuration.host}{quote(path)}" + (f"?{urlencode(query)}" if query else "")
+        for last in _tries():
+            await self._pace.wait()
+            started = time.monotonic()
+            code, answer, retry_after = await self._once(method, address, dict(headers), body)
+            self._observer(verb or method, code, time.monotonic() - started)
+            if code in (429, 503) and retry_after is not None and not last:
+                # the server says when: jitter keeps those that were sent away together from coming back together
+                await asyncio.sleep(min(retry_after, 30) * random.uniform(1, 1.5))
+                continue
+            break
+        if 200 <= code < 300:
+            return answer
+        raise _error(code, answer, f"{verb or method} {path}")
+
+    async def _once(
+        self, method: str, address: str, headers: dict[str, str], body: Object | None
+    ) -> tuple[int, Any, float | None]:
+        timeout = aiohttp.ClientTimeout(total=self._timeout_s, connect=min(self._timeout_s, 10))
+        try:
+            response = await self._api.rest_client.request(
+                method, address, headers=headers, body=body, _request_timeout=timeout
+            )
+            data = await response.read()
+        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+            return 0, {"message": f"no answer from the API server: {type(error).__name__} {error}".strip()}, None
+        try:
+            answer = json.loads(data) if data else {}
+        except ValueError:
+            answer = {"message": data[:200].decode(errors="replace")}
+        return response.status, answer, _seconds(response.headers.get("Retry-After"))
+
+
+_IN_BACKGROUND = {"propagationPolicy": "Background"}
+
+
+def _tries() -> "list[bool]":
+    return [*[False] * (_MOST_TRIES - 1), True]
+
+
+def _seconds(header: str | None) -> float | None:
+    try:
+        return float(header) if header else None
+    except ValueError:
+        return None
+
+
+def _error(code: int, answer: Any, what: str) -> ApiError:
+    body = answer if isinstance(answer, dict) else {}
+    return ApiError(code, str(body.get("reason", "")), str(body.get("message") or f"{what}: HTTP {code}"))

@@ -1,0 +1,28 @@
+"""What a PhoenixModel becomes: a pure function from what is asked and what was seen to a list of plain dicts.
+
+What should not exist is not in the list. Nothing here does I/O, reads a clock or the environment.
+"""
+
+from phoenix_operator.desired import accelerator, config, deployment, network, policy
+from phoenix_operator.desired.naming import sealed
+from phoenix_operator.observed import Object, Observed, Subject
+from phoenix_operator.settings import Settings
+
+
+def desired_objects(
+    subject: Subject, observed: Observed, settings: Settings, *, operator_namespace: str
+) -> list[Object]:
+    """Return the objects of a model that was accepted, in the order in which they are to be applied."""
+    asked = accelerator.ask(subject, settings)
+    wanted = [
+        policy.service_account(subject),
+        config.config_map(subject, observed),
+        accelerator.claim_template(subject, asked) if asked and asked.device_class_name else None,
+        network.network_policy(subject, settings, operator_namespace) if settings.network_policies else None,
+        *network.services(subject),
+        deployment.deployment(subject, observed, settings),
+        policy.disruption_budget(subject),
+        network.route(subject, settings),
+        network.monitor(subject, settings),
+    ]
+    return [sealed(manifest) for manifest in wanted if manifest is not None]

@@ -1,0 +1,114 @@
+"""Whether a spec can be acted on: what the API server cannot know, because settings and cluster decide it."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from phoenix_api import AcceleratorPolicy, Reason
+from phoenix_operator.desired.accelerator import ask
+from phoenix_operator.desired.deployment import RESERVED_ENV
+from phoenix_operator.kinds import HTTP_ROUTE, RESOURCE_CLAIM_TEMPLATE, Kind
+from phoenix_operator.observed import Observed, Subject
+from phoenix_operator.settings import RouteKind, Settings
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """Why a spec is not acted on."""
+
+    reason: Reason
+    message: str
+
+
+def faults(subject: Subject, observed: Observed, settings: Settings) -> list[Fault]:
+    """Return every fault, the gravest reason first; an empty list accepts the model."""
+    found = [*_clashes(subject, observed), *_refused(observed)]
+    found += [*_invalid(subject, settings), *_unknown(subject, observed, settings), *_not_yet(subject)]
+    return found
+
+
+def _not_yet(subject: Subject) -> Iterator[Fault]:
+    """Fields whose builders are not in this release: they are refused, because half a wish is none."""
+    spec = subject.spec
+    asked = {
+        "spec.autoscaling": spec.autoscaling,
+        "spec.features": spec.features,
+        "spec.bindings": spec.bindings and (spec.bindings.redis or spec.bindings.kafka or spec.bindings.postgres),
+        "spec.networking.rateLimit": spec.networking.rate_limit,
+    }
+    fields = [field for field, value in asked.items() if value]
+    if fields:
+        yield Fault(Reason.NOT_SUPPORTED_YET, f"{', '.join(fields)}: not done by this release yet; remove it")
+
+
+def _invalid(subject: Subject, settings: Settings) -> Iterator[Fault]:
+    spec = subject.spec
+    if settings.require_digest and spec.model.sha256 is None:
+        yield Fault(Reason.INVALID_SPEC, "spec.model.sha256: this cluster asks for a digest; add the model's SHA-256")
+    reserved = [row.name for row in spec.pod.env if row.name in RESERVED_ENV]
+    if reserved:
+        yield Fault(
+            Reason.INVALID_SPEC, f"spec.pod.env: {', '.join(reserved)} belongs to the operator; remove it from the list"
+        )
+    names = [row.name for row in spec.pod.env]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        yield Fault(Reason.INVALID_SPEC, f"spec.pod.env: expected each name once, got {', '.join(twice)} twice")
+
+
+def _unknown(subject: Subject, observed: Observed, settings: Settings) -> Iterator[Fault]:
+    accelerator = subject.spec.runtime.accelerator
+    if accelerator and accelerator.profile and accelerator.profile not in settings.accelerator_profiles:
+        known = ", ".join(sorted(settings.accelerator_profiles)) or "none"
+        yield Fault(
+            Reason.INVALID_SPEC,
+            f"spec.runtime.accelerator.profile: expected a profile of the operator's settings ({known}), "
+            f"got {accelerator.profile}",
+        )
+    asked = ask(subject, settings)
+    if asked and asked.device_class_name:
+        yield from _missing_kind(RESOURCE_CLAIM_TEMPLATE, observed, "spec.runtime.accelerator.deviceClassName")
+    if subject.spec.networking.host is not None:
+        routes = settings.routes
+        if routes.kind is None:
+            yield Fault(
+                Reason.INVALID_SPEC,
+                "spec.networking.host: the operator's settings name no route (routes.kind: Ingress or HTTPRoute)",
+            )
+        elif routes.kind is RouteKind.HTTP_ROUTE:
+            if routes.gateway is None:
+                yield Fault(Reason.INVALID_SPEC, "spec.networking.host: the operator's settings name no routes.gateway")
+            yield from _missing_kind(HTTP_ROUTE, observed, "spec.networking.host")
+
+
+def _missing_kind(kind: Kind, observed: Observed, field: str) -> Iterator[Fault]:
+    if kind not in observed.served_kinds:
+        yield Fault(
+            Reason.KIND_NOT_SERVED, f"{field}: the cluster does not serve {kind} ({kind.api_version}); install it"
+        )
+
+
+def _clashes(subject: Subject, observed: Observed) -> Iterator[Fault]:
+    if observed.foreign:
+        names = ", ".join(f"{kind} {subject.namespace}/{name}" for kind, name in observed.foreign)
+        yield Fault(
+            Reason.NAME_CLASH, f"{names} belongs to somebody else and is left alone; rename the model or the object"
+        )
+    if observed.host_owner is not None:
+        yield Fault(
+            Reason.NAME_CLASH,
+            f"spec.networking.host: {subject.spec.networking.host} with this model's path belongs to the older model "
+            f"{observed.host_owner}; take another host or name",
+        )
+
+
+def _refused(observed: Observed) -> Iterator[Fault]:
+    for refusal in observed.refusals:
+        if not refusal.is_quota:
+            yield Fault(
+                Reason.OBJECT_REFUSED, f"the API server refuses {refusal.kind} {refusal.name}: {refusal.message}"
+            )
+
+
+def prefers(subject: Subject) -> bool:
+    """Whether the model also serves without its accelerator."""
+    accelerator = subject.spec.runtime.accelerator
+    return accelerator is not None and accelerator.policy is AcceleratorPolicy.PREFER

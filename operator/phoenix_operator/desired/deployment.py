@@ -1,0 +1,261 @@
+"""The Deployment: the pod that serves one model, and how a new version replaces the old one.
+
+The pod passes Pod Security `restricted`, has no token of the API server and a read-only root. Memory's limit is its
+request, CPU has no limit (throttling shows in the p99). There is no `preStop`: the server itself goes on answering for
+`drainSeconds` after SIGTERM and sends `Connection: close`, which a sleeping container could not.
+"""
+
+from typing import Any
+
+from phoenix_api import Quantity, RolloutStrategy
+from phoenix_operator.desired import config
+from phoenix_operator.desired.accelerator import CLAIM, Ask, ask
+from phoenix_operator.desired.naming import (
+    GRPC_PORT,
+    HTTP_PORT,
+    claim_template_name,
+    config_map_name,
+    digest,
+    labels,
+    owned,
+    selector,
+    service_account_name,
+)
+from phoenix_operator.desired.source import CREDENTIALS, STATE, source
+from phoenix_operator.kinds import DEPLOYMENT
+from phoenix_operator.observed import REVISION, TEMPLATE, WITHHELD, Object, Observed, Subject
+from phoenix_operator.settings import Settings
+
+USER = 10001  # of the server image
+# What the pod's own wiring depends on: `spec.pod.env` may set any other variable.
+RESERVED_ENV = ("PHOENIX_HOST", "PHOENIX_HTTP_PORT", "PHOENIX_GRPC_PORT", "PHOENIX_TERMINATION_LOG", "PHOENIX_WATCH")
+_PROBE_PERIOD_S = 5
+_FLUSH_S = 10  # between the last answer and the end of the process
+
+
+def deployment(subject: Subject, observed: Observed, settings: Settings) -> Object:
+    """Return the Deployment of a model."""
+    spec = subject.spec
+    template = pod_template(subject, observed, settings)
+    body = {
+        "spec": {
+            "replicas": spec.replicas,
+            "revisionHistoryLimit": 3,
+            "progressDeadlineSeconds": spec.rollout.progress_deadline_seconds,
+            "selector": {"matchLabels": selector(subject.name)},
+            "strategy": {"type": "RollingUpdate", "rollingUpdate": _pace(subject)},
+            "template": template,
+        }
+    }
+    annotations = {WITHHELD: spec_hash(subject)} if is_withheld(subject, observed, settings) else None
+    return owned(subject, DEPLOYMENT, subject.name, body, annotations=annotations)
+
+
+def pod_template(subject: Subject, observed: Observed, settings: Settings) -> Object:
+    """Return the pod template, with its own hash as annotation: by it pods of this version are told from others."""
+    spec = subject.spec
+    metadata: Object = {
+        "labels": spec.pod.labels | labels(subject),
+        "annotations": spec.pod.annotations | {REVISION: config.revision(subject)},
+    }
+    template: Object = {"metadata": metadata, "spec": _pod(subject, observed, settings)}
+    metadata["annotations"][TEMPLATE] = digest(template)
+    return template
+
+
+def template_hash(subject: Subject, observed: Observed, settings: Settings) -> str:
+    """Return the hash that pods of the wanted version carry."""
+    return str(pod_template(subject, observed, settings)["metadata"]["annotations"][TEMPLATE])
+
+
+def spec_hash(subject: Subject) -> str:
+    """Return a hash of the whole spec: it stands for what the user last asked for."""
+    return digest(subject.spec.model_dump(mode="json", by_alias=True, exclude_defaults=True))
+
+
+def is_withheld(subject: Subject, observed: Observed, settings: Settings) -> bool:
+    """Whether pods go without the accelerator that they would prefer, because no node has one to give.
+
+    It is decided when the scheduler says so, and stands until the spec changes: going back and forth would restart
+    pods whenever a device comes free for a moment.
+    """
+    asked, accelerator = ask(subject, settings), subject.spec.runtime.accelerator
+    if asked is None or accelerator is None or accelerator.policy != "Prefer":
+        return False
+    current = observed.deployment
+    if current is None:
+        return False
+    if current["metadata"].get("annotations", {}).get(WITHHELD) == spec_hash(subject):
+        return True
+    annotations = current["spec"]["template"]["metadata"].get("annotations", {})
+    if annotations.get(REVISION) != config.revision(subject):
+        return False
+    newest = [pod for pod in observed.pods if pod.template == annotations.get(TEMPLATE) and not pod.is_leaving]
+    # a device that an old pod is about to give back, or that a sister already has, is no reason to go without
+    is_alone = len(newest) == len(observed.pods) and not any(pod.is_ready for pod in newest)
+    return is_alone and any(_lacks(pod.unschedulable, asked) for pod in newest)
+
+
+def _lacks(words: str | None, asked: Ask) -> bool:
+    """Whether the scheduler's words say that devices are what is missing."""
+    if words is None:
+        return False
+    return f"Insufficient {asked.resource_name}" in words if asked.resource_name else "resourceclaim" in words.lower()
+
+
+def _pace(subject: Subject) -> Object:
+    rollout = subject.spec.rollout.strategy
+    has_accelerator = subject.spec.runtime.accelerator is not None
+    if rollout is RolloutStrategy.IN_PLACE or (rollout is RolloutStrategy.AUTO and has_accelerator):
+        return {"maxSurge": 0, "maxUnavailable": 1}
+    return {"maxSurge": "25%", "maxUnavailable": 0}
+
+
+def _pod(subject: Subject, observed: Observed, settings: Settings) -> Object:
+    spec, wished = subject.spec, subject.spec.pod
+    asked = None if is_withheld(subject, observed, settings) else ask(subject, settings)
+    where = source(subject)
+    volumes = [
+        {
+            "name": "model",
+            "configMap": {
+                "name": config_map_name(subject),
+                "items": [{"key": config.key_of(config.revision(subject)), "path": "model.yaml"}],
+            },
+        },
+        {"name": "tmp", "emptyDir": {"sizeLimit": "1Gi"}},
+        {"name": "state", "emptyDir": {}},
+        *where.volumes,
+    ]
+    pod: Object = {
+        "automountServiceAccountToken": False,
+        "enableServiceLinks": False,
+        "serviceAccountName": service_account_name(subject),
+        "terminationGracePeriodSeconds": spec.rollout.drain_seconds + spec.limits.timeout_seconds + _FLUSH_S,
+        "securityContext": {
+            "runAsNonRoot": True,
+            "runAsUser": USER,
+            "runAsGroup": USER,
+            "fsGroup": USER,
+            "fsGroupChangePolicy": "OnRootMismatch",
+            "seccompProfile": {"type": "RuntimeDefault"},
+        },
+        "topologySpreadConstraints": [_spread(subject, key) for key in ("topology.kubernetes.io/zone", _HOST)],
+        "volumes": volumes,
+        "containers": [_container(subject, asked, settings)],
+    }
+    if asked is not None and asked.device_class_name:
+        pod["resourceClaims"] = [{"name": CLAIM, "resourceClaimTemplateName": claim_template_name(subject)}]
+    optional = {
+        "nodeSelector": (asked.node_selector if asked else {}) | wished.node_selector,
+        "tolerations": [*(asked.tolerations if asked else []), *_dump(wished.tolerations)],
+        "affinity": wished.affinity,
+        "priorityClassName": wished.priority_class_name,
+        "imagePullSecrets": _dump(wished.image_pull_secrets),
+        "runtimeClassName": wished.runtime_class_name or (asked.runtime_class_name if asked else None),
+    }
+    return pod | {key: value for key, value in optional.items() if value}
+
+
+_HOST = "kubernetes.io/hostname"
+
+
+def _spread(subject: Subject, key: str) -> Object:
+    return {
+        "maxSkew": 1,
+        "topologyKey": key,
+        "whenUnsatisfiable": "ScheduleAnyway",
+        "labelSelector": {"matchLabels": selector(subject.name)},
+        "matchLabelKeys": ["pod-template-hash"],
+    }
+
+
+def _container(subject: Subject, asked: Ask | None, settings: Settings) -> Object:
+    spec = subject.spec
+    usual = settings.server_gpu_image if spec.runtime.accelerator else settings.server_image
+    return {
+        "name": "server",
+        "image": spec.runtime.image or usual,
+        "imagePullPolicy": settings.image_pull_policy,
+        "args": ["serve", config.MOUNT],
+        "ports": [
+            {"name": "http", "containerPort": HTTP_PORT, "protocol": "TCP"},
+            {"name": "grpc", "containerPort": GRPC_PORT, "protocol": "TCP"},
+        ],
+        "env": _environment(subject),
+        "resources": _resources(subject, asked, settings),
+        # sized to the load: a model may take as long as a rollout may
+        "startupProbe": _probe("ready", 1, spec.rollout.progress_deadline_seconds),
+        "readinessProbe": _probe("ready", _PROBE_PERIOD_S, 2),
+        "livenessProbe": _probe("live", _PROBE_PERIOD_S, 6),
+        "securityContext": {
+            "allowPrivilegeEscalation": False,
+            "readOnlyRootFilesystem": True,
+            "capabilities": {"drop": ["ALL"]},
+        },
+        "volumeMounts": [
+            {"name": "model", "mountPath": config.MOUNT, "readOnly": True},
+            {"name": "tmp", "mountPath": "/tmp"},
+            {"name": "state", "mountPath": STATE},
+            *source(subject).mounts,
+        ],
+    }
+
+
+def _probe(what: str, period_s: int, failures: int) -> Object:
+    return {
+        "httpGet": {"path": f"/v2/health/{what}", "port": "http"},
+        "periodSeconds": period_s,
+        "timeoutSeconds": 2,
+        "failureThreshold": failures,
+    }
+
+
+def _environment(subject: Subject) -> list[Object]:
+    spec = subject.spec
+    values: dict[str, Any] = {
+        "PHOENIX_STATE_DIR": STATE,
+        "PHOENIX_DRAIN_SECONDS": str(spec.rollout.drain_seconds),
+        "PHOENIX_SHUTDOWN_SECONDS": str(spec.limits.timeout_seconds + _FLUSH_S // 2),
+        # a new version is a new pod: the running one must not change under its readers
+        "PHOENIX_WATCH": "false",
+        "TMPDIR": "/tmp",
+        "HOME": "/tmp",
+    }
+    where = source(subject)
+    if where.store:
+        values["PHOENIX_MODEL_STORE"] = where.store
+    if spec.model.credentials is not None:
+        values["PHOENIX_MODEL_CREDENTIALS_DIR"] = CREDENTIALS
+    rows: dict[str, Object] = {name: {"name": name, "value": value} for name, value in values.items()}
+    cpu = {"containerName": "server", "resource": "requests.cpu", "divisor": "1"}
+    rows["PHOENIX_CPUS"] = {"name": "PHOENIX_CPUS", "valueFrom": {"resourceFieldRef": cpu}}
+    rows |= {row.name: row.model_dump(mode="json", by_alias=True, exclude_none=True) for row in spec.pod.env}
+    return list(rows.values())
+
+
+def _resources(subject: Subject, asked: Ask | None, settings: Settings) -> Object:
+    own, usual = subject.spec.resources, settings.default_resources
+    requests = {**usual.requests, **own.requests}
+    limits = {**usual.limits, **own.limits}
+    if "memory" not in own.requests and "memory" in own.limits:
+        requests["memory"] = own.limits["memory"]
+    if "cpu" not in own.requests and "cpu" in own.limits:
+        requests["cpu"] = own.limits["cpu"]
+    if "memory" in requests and "memory" not in own.limits:
+        limits["memory"] = requests["memory"]
+    amounts: Object = {"requests": _plain(requests), "limits": _plain(limits)}
+    if asked is not None and asked.resource_name:
+        # extended resources: request equals limit, so one of them is enough
+        amounts["limits"][asked.resource_name] = str(asked.count)
+    if asked is not None and asked.device_class_name:
+        amounts["claims"] = [{"name": CLAIM}]
+    return {key: value for key, value in amounts.items() if value}
+
+
+def _plain(amounts: dict[str, Quantity]) -> dict[str, str]:
+    return {name: str(amount) for name, amount in amounts.items()}
+
+
+def _dump(rows: list[Any]) -> list[Object]:
+    return [row.model_dump(mode="json", by_alias=True, exclude_none=True) for row in rows]

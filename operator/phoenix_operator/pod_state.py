@@ -1,0 +1,81 @@
+"""Asks each ready pod once what it loaded: digest, version, provider, signature.
+
+Hides HTTP, deadlines and how long an answer stays good: as long as the container is the same one. A pod that does not
+answer is asked again at the next reconcile; until then the status says less, never something wrong.
+"""
+
+import asyncio
+import logging
+from collections import OrderedDict
+from collections.abc import Sequence
+
+import aiohttp
+
+from phoenix_operator.desired.naming import HTTP_PORT
+from phoenix_operator.metrics import Metrics
+from phoenix_operator.observed import Loaded, Pod
+
+_log = logging.getLogger(__name__)
+_MOST_REMEMBERED = 20_000
+_MOST_BYTES = 1 << 20
+
+
+class PodStates:
+    """What pods said."""
+
+    def __init__(self, metrics: Metrics, *, timeout_s: float) -> None:
+        self._metrics = metrics
+        self._session = aiohttp.ClientSession(
+            timeout=aiohttp.ClientTimeout(total=timeout_s), connector=aiohttp.TCPConnector(limit=32, force_close=True)
+        )
+        self._known: OrderedDict[tuple[str, int], Loaded] = OrderedDict()
+
+    async def close(self) -> None:
+        """Close the connections."""
+        await self._session.close()
+
+    async def of(self, model: str, pods: Sequence[Pod]) -> dict[str, Loaded]:
+        """Return what the ready ones among these pods loaded, by uid; those that do not say are left out."""
+        ready = [pod for pod in pods if pod.is_ready and pod.ip]
+        answers = await asyncio.gather(*(self._ask(model, pod) for pod in ready))
+        return {pod.uid: answer for pod, answer in zip(ready, answers, strict=True) if answer is not None}
+
+    async def _ask(self, model: str, pod: Pod) -> Loaded | None:
+        key = (pod.uid, pod.restarts)
+        if key in self._known:
+            return self._known[key]
+        host = f"[{pod.ip}]" if ":" in (pod.ip or "") else pod.ip
+        try:
+            async with self._session.get(f"http://{host}:{HTTP_PORT}/v2/models/{model}/state") as response:
+                response.raise_for_status()
+                if (response.content_length or 0) > _MOST_BYTES:
+                    raise ValueError(f"an answer of {response.content_length} bytes")
+                answer = _read(await response.json())
+        except (aiohttp.ClientError, TimeoutError, OSError, ValueError, KeyError, TypeError) as error:
+            self._metrics.state_failures.inc()
+            _log.warning("a ready pod did not say what it loaded", extra={"pod": pod.name, "cause": repr(error)})
+            return None
+        self._known[key] = answer
+        if len(self._known) > _MOST_REMEMBERED:
+            self._known.popitem(last=False)
+        return answer
+
+
+def _read(answer: dict[str, object]) -> Loaded:
+    return Loaded(
+        sha256=_text(answer.get("sha256")),
+        version=_text(answer.get("version")),
+        provider=_text(answer.get("provider")),
+        inputs=_tensors(answer["inputs"]),
+        outputs=_tensors(answer["outputs"]),
+    )
+
+
+def _text(value: object) -> str | None:
+    return None if value is None else str(value)
+
+
+def _tensors(rows: object) -> list[dict[str, object]]:
+    if not isinstance(rows, list):
+        raise TypeError("expected a list of tensors")
+    return [{"name": row["name"], "datatype": row["datatype"], "shape": row["shape"]} for row in rows]

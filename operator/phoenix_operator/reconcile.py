@@ -1,0 +1,306 @@
+"""Makes the cluster hold what one PhoenixModel asks for: the one function that joins the pure half and the cluster.
+
+Level-based: every trigger leads here, whatever happened; a second run with nothing changed makes no write. Errors of
+the moment are raised and come back by the queue's backoff; what the user must mend becomes a condition.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+
+from pydantic import ValidationError
+
+from phoenix_api.faults import explain, path_of
+from phoenix_operator.cluster import ApiError, Cluster
+from phoenix_operator.desired import desired_objects
+from phoenix_operator.desired.acceptance import faults
+from phoenix_operator.desired.naming import digest
+from phoenix_operator.desired.network import path_prefix
+from phoenix_operator.desired.source import config_map_source
+from phoenix_operator.difference import is_as_wanted
+from phoenix_operator.kinds import CHILDREN, CONFIG_MAP, PHOENIX_MODEL, POD, SECRET, Kind, kind_of
+from phoenix_operator.metrics import Metrics
+from phoenix_operator.observed import Missing, Object, Observed, Pod, Reference, Refusal, Subject
+from phoenix_operator.placement import Placement
+from phoenix_operator.pod_state import PodStates
+from phoenix_operator.recorder import Happening, Recorder, happenings
+from phoenix_operator.settings import Settings
+from phoenix_operator.status import next_status, unreadable_status
+from phoenix_operator.store import Key, Store
+
+_log = logging.getLogger(__name__)
+_SOON_S, _LATER_S, _REFUSED_S = 2.0, 15.0, 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What a reconcile works with."""
+
+    cluster: Cluster
+    store: Store
+    settings: Settings
+    metrics: Metrics
+    states: PodStates
+    placement: Placement
+    recorder: Recorder
+    operator_namespace: str
+    served_kinds: Callable[[], frozenset[Kind]]
+
+
+class Reconciler:
+    """Reconciles models by key."""
+
+    def __init__(self, parts: Parts) -> None:
+        self._parts = parts
+        self._refused: dict[Key, dict[tuple[Kind, str], tuple[str, Refusal]]] = {}
+
+    async def __call__(self, key: Key) -> float | None:
+        """Reconcile one model; return in how many seconds it should be looked at again, or None.
+
+        Raises `ApiError` for what another try may mend.
+        """
+        started = time.monotonic()
+        result = "error"
+        try:
+            delay_s = await self._reconcile(key)
+            result = "refused" if self._refused.get(key) else "ok"
+        except ApiError as error:
+            if not error.is_namespace_ending:
+                _log.error("reconcile failed", extra={"model": "/".join(key), "cause": error.message})
+                raise
+            return None  # the namespace takes the model with it
+        except Exception:
+            _log.exception("reconcile failed", extra={"model": "/".join(key)})
+            raise
+        finally:
+            self._parts.metrics.reconcile_seconds.labels(result).observe(time.monotonic() - started)
+        return delay_s
+
+    async def _reconcile(self, key: Key) -> float | None:
+        document = self._parts.store.model(key)
+        if document is None or "deletionTimestamp" in document["metadata"]:
+            # its children have it as owner and go with it; there is no state outside the cluster to release
+            self._refused.pop(key, None)
+            return None
+        try:
+            subject = Subject.read(document)
+        except ValidationError as error:
+            words = "; ".join(f"{path_of(location)}: {message}" for location, message in explain(error))
+            await self._write_status(document, unreadable_status(document, words, _stamp(_now())))
+            return None
+        observed = await self._observe(key, subject)
+        found = faults(subject, observed, self._parts.settings)
+        if all(fault.reason == "ObjectRefused" for fault in found):
+            observed = await self._apply_all(key, subject, observed)
+            found = faults(subject, observed, self._parts.settings)
+        status = next_status(subject, observed, self._parts.settings, found)
+        await self._tell(subject, document, status)
+        return self._look_again(subject, observed, status)
+
+    # --- observe -----------------------------------------------------------------------------------------------------
+
+    async def _observe(self, key: Key, subject: Subject) -> Observed:
+        parts = self._parts
+        children = {
+            (kind, body["metadata"]["name"]): body
+            for kind, body in parts.store.of_model(key, CHILDREN)
+            if _is_owner(subject, body)
+        }
+        pods = [Pod(body) for _, body in parts.store.of_model(key, (POD,))]
+        loaded, missing, shortfall = await asyncio.gather(
+            parts.states.of(subject.name, pods), self._missing(subject), parts.placement.shortfall(pods)
+        )
+        return Observed(
+            children=children,
+            pods=pods,
+            loaded=loaded,
+            served_kinds=parts.served_kinds(),
+            missing=missing,
+            refusals=[refusal for _, refusal in self._refused.get(key, {}).values()],
+            host_owner=self._host_owner(subject),
+            shortfall=shortfall,
+            now=_now(),
+        )
+
+    async def _missing(self, subject: Subject) -> list[Missing]:
+        """Return what the pods refer to and is not there. Only existence is asked: a Secret's content stays away."""
+        wanted = []
+        if subject.spec.model.credentials is not None:
+            name = subject.spec.model.credentials.secret_ref.name
+            wanted.append((SECRET, Missing(Reference.SECRET, name, "spec.model.credentials.secretRef")))
+        if named := config_map_source(subject.spec.model.uri):
+            wanted.append((CONFIG_MAP, Missing(Reference.CONFIG_MAP, named[0], "spec.model.uri")))
+        there = await asyncio.gather(
+            *(self._parts.cluster.exists(kind, subject.namespace, missing.name) for kind, missing in wanted)
+        )
+        return [missing for (_, missing), is_there in zip(wanted, there, strict=True) if not is_there]
+
+    def _host_owner(self, subject: Subject) -> str | None:
+        """Return the older model that has the same host and path; models of other namespaces may have the same name."""
+        host = subject.spec.networking.host
+        if host is None:
+            return None
+        for namespace, name in self._parts.store.models():
+            if name != subject.name or namespace == subject.namespace:
+                continue
+            other = self._parts.store.model((namespace, name))
+            if other is None or other["spec"].get("networking", {}).get("host") != host:
+                continue
+            metadata = other["metadata"]
+            if (metadata["creationTimestamp"], metadata["uid"]) < (subject.created, subject.uid):
+                return f"{namespace}/{name} ({host}{path_prefix(subject)})"
+        return None
+
+    # --- apply -------------------------------------------------------------------------------------------------------
+
+    async def _apply_all(self, key: Key, subject: Subject, observed: Observed) -> Observed:
+        """Apply what differs and prune what is not wanted; return what was seen, with the answers taken in."""
+        parts = self._parts
+        wanted = desired_objects(subject, observed, parts.settings, operator_namespace=parts.operator_namespace)
+        live = dict(observed.children)
+        new = [manifest for manifest in wanted if _place(manifest) not in live]
+        found = await asyncio.gather(*(self._find(manifest) for manifest in new))
+        foreign = []
+        for manifest, body in zip(new, found, strict=True):
+            if body is None:
+                continue
+            if _is_owner(subject, body):
+                live[_place(manifest)] = body  # the watch is late, or somebody took our label away
+            elif _is_of_predecessor(subject, body):
+                raise ApiError(409, "Conflict", f"{_place(manifest)[0]} of the deleted model is still going away")
+            else:
+                foreign.append(_place(manifest))
+        if foreign:
+            return replace(observed, foreign=foreign)
+        is_first = not observed.children
+        refused = self._refused.setdefault(key, {})
+        for manifest in wanted:
+            place = _place(manifest)
+            body = live.get(place)
+            if body is not None and is_as_wanted(manifest, body):
+                refused.pop(place, None)
+                continue
+            stored = await self._apply(manifest, refused, is_new=body is None)
+            if stored is not None:
+                live[place] = stored
+                if body is not None or not is_first:
+                    await self._tell_repair(subject, manifest, body)
+        for place in refused.keys() - {_place(manifest) for manifest in wanted}:
+            del refused[place]
+        for place, body in observed.children.items():
+            if place not in {_place(manifest) for manifest in wanted}:
+                await parts.cluster.delete(place[0], subject.namespace, place[1], uid=body["metadata"]["uid"])
+                parts.store.discard(place[0], body)
+                live.pop(place)
+        if not refused:
+            self._refused.pop(key)
+        return replace(observed, children=live, refusals=[refusal for _, refusal in refused.values()])
+
+    async def _find(self, manifest: Object) -> Object | None:
+        kind, name = _place(manifest)
+        return await self._parts.cluster.get(kind, manifest["metadata"]["namespace"], name)
+
+    async def _apply(
+        self, manifest: Object, refused: dict[tuple[Kind, str], tuple[str, Refusal]], *, is_new: bool
+    ) -> Object | None:
+        """Apply one object; None if the API server refuses it, which is then remembered with the reason."""
+        kind, name = place = _place(manifest)
+        wish = digest(manifest)
+        try:
+            stored = await self._parts.cluster.apply(kind, manifest, is_first=is_new)
+        except ApiError as error:
+            if not error.is_refusal or error.is_namespace_ending:
+                raise
+            refused[place] = wish, Refusal(kind, name, error.code, error.message, error.is_quota)
+            return None
+        refused.pop(place, None)
+        self._parts.store.put(kind, stored)
+        return stored
+
+    async def _tell_repair(self, subject: Subject, manifest: Object, before: Object | None) -> None:
+        """Tell of an object that somebody else had changed or deleted; our own new wishes are no repair."""
+        if before is not None:
+            annotations = before["metadata"].get("annotations") or {}
+            is_own_wish = (
+                annotations.get("phoenix-ml.io/hash") != manifest["metadata"]["annotations"]["phoenix-ml.io/hash"]
+            )
+            if is_own_wish:
+                return
+        elif subject.status.get("observedGeneration") != subject.generation:
+            return
+        kind, name = _place(manifest)
+        what = "had been deleted and was made again" if before is None else "had been changed and was set back"
+        await self._parts.recorder.record(
+            subject, Happening("Normal", "Repaired", f"{kind} {name} {what}; change the PhoenixModel instead"), _now()
+        )
+
+    # --- tell --------------------------------------------------------------------------------------------------------
+
+    async def _tell(self, subject: Subject, document: Object, status: Object) -> None:
+        before = document.get("status", {})
+        if not await self._write_status(document, status):
+            return
+        for happened in happenings(before.get("conditions", []), status["conditions"]):
+            await self._parts.recorder.record(subject, happened, _now())
+
+    async def _write_status(self, document: Object, status: Object) -> bool:
+        """Write the status if it differs; return whether it did."""
+        if document.get("status") == status:
+            return False
+        metadata = document["metadata"]
+        try:
+            stored = await self._parts.cluster.apply_status(
+                PHOENIX_MODEL, metadata["namespace"], metadata["name"], status
+            )
+        except ApiError as error:
+            if error.code == 404:
+                return False  # deleted meanwhile
+            raise
+        self._parts.store.put(PHOENIX_MODEL, stored)
+        return True
+
+    def _look_again(self, subject: Subject, observed: Observed, status: Object) -> float | None:
+        """Return when to look again for what no watch tells."""
+        if observed.missing:
+            return _SOON_S
+        if observed.refusals or observed.foreign or observed.host_owner:
+            return _REFUSED_S if observed.refusals else _SOON_S
+        if any(pod.is_ready and pod.ip and pod.uid not in observed.loaded for pod in observed.pods):
+            return _LATER_S
+        if observed.shortfall:
+            return _LATER_S
+        return None
+
+
+def _place(manifest: Object) -> tuple[Kind, str]:
+    return kind_of(manifest), manifest["metadata"]["name"]
+
+
+def _owner(body: Object) -> Object:
+    return next((row for row in body["metadata"].get("ownerReferences", []) if row.get("controller")), {})
+
+
+def _is_owner(subject: Subject, body: Object) -> bool:
+    return _owner(body).get("uid") == subject.uid
+
+
+def _is_of_predecessor(subject: Subject, body: Object) -> bool:
+    """Whether a model of the same name, deleted since, owned the object: the garbage collector is about to take it."""
+    owner = _owner(body)
+    is_same = (owner.get("apiVersion"), owner.get("kind"), owner.get("name")) == (
+        PHOENIX_MODEL.api_version,
+        PHOENIX_MODEL.kind,
+        subject.name,
+    )
+    return is_same and owner.get("uid") != subject.uid
+
+
+def _now() -> datetime:
+    return datetime.now(UTC)
+
+
+def _stamp(now: datetime) -> str:
+    return now.strftime("%Y-%m-%dT%H:%M:%SZ")

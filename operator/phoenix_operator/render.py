@@ -1,0 +1,48 @@
+"""`phoenix-operator render`: what the operator would apply for manifests in a file, without a cluster."""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import yaml
+
+from phoenix_api import Manifest, read_manifests
+from phoenix_operator.desired import desired_objects
+from phoenix_operator.desired.acceptance import faults
+from phoenix_operator.kinds import OPTIONAL
+from phoenix_operator.observed import Object, Observed, Subject
+from phoenix_operator.settings import Settings
+
+NO_UID = "00000000-0000-0000-0000-000000000000"  # owner references need one; the cluster gives the real one
+
+
+def render(paths: Sequence[Path], settings: Settings, *, operator_namespace: str) -> int:
+    """Print the objects as YAML; return 1 if a model would not be accepted. Raises `ManifestError`."""
+    is_accepted = True
+    for manifest in read_manifests(paths):
+        subject = subject_of(manifest)
+        observed = Observed(served_kinds=OPTIONAL)
+        for fault in faults(subject, observed, settings):
+            print(f"{manifest.file}: {subject.name}: {fault.reason}: {fault.message}", file=sys.stderr)
+            is_accepted = False
+        if is_accepted:
+            objects = desired_objects(subject, observed, settings, operator_namespace=operator_namespace)
+            sys.stdout.write(as_yaml(objects))
+    return 0 if is_accepted else 1
+
+
+def subject_of(manifest: Manifest) -> Subject:
+    """Return the model of a file as if it had just been created."""
+    return Subject(model=manifest.model, uid=NO_UID, generation=1, created="", status={})
+
+
+class _Dumper(yaml.SafeDumper):
+    """Writes repeated values out: kubectl reads aliases, people do not like to."""
+
+    def ignore_aliases(self, data: object) -> bool:
+        return True
+
+
+def as_yaml(objects: Sequence[Object]) -> str:
+    """Return the objects as a stream of YAML documents."""
+    return yaml.dump_all(objects, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120, explicit_start=True)

@@ -1,0 +1,139 @@
+"""What the one who runs the operator decides: images, routes, accelerator profiles, pace. Read once, from one file.
+
+The file is YAML in the spelling of the API (camelCase). An unknown or wrong field is an error that names it; so is a
+file that is not there. Pure modules get `Settings` as an argument and read nothing themselves.
+"""
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import yaml
+from pydantic import Field, ValidationError
+
+from phoenix_api import Quantity
+from phoenix_api.fields import ApiObject, DnsLabel, DnsName, Flag, Labels, Number, Passthrough, Whole
+from phoenix_api.types import Resources, Toleration
+from phoenix_operator import __version__
+
+
+class SettingsError(Exception):
+    """Settings that cannot be used; the message lists every fault with its path."""
+
+
+class RouteKind(StrEnum):
+    """What `spec.networking.host` becomes."""
+
+    INGRESS = "Ingress"
+    HTTP_ROUTE = "HTTPRoute"
+
+
+class MonitorKind(StrEnum):
+    """How Prometheus learns of the pods."""
+
+    POD_MONITOR = "PodMonitor"
+    SERVICE_MONITOR = "ServiceMonitor"
+
+
+class AcceleratorProfile(ApiObject):
+    """What `spec.runtime.accelerator.profile` stands for, so that model authors need not know the nodes."""
+
+    resource_name: str | None = Field(None, description="Extended resource, for example `nvidia.com/gpu`.")
+    device_class_name: DnsName | None = Field(None, description="DeviceClass (DRA), instead of resourceName.")
+    node_selector: Labels = Field(default_factory=dict, description="Labels of the nodes that have it.")
+    tolerations: Annotated[list[Toleration], Field(max_length=32)] = Field(
+        default_factory=list, description="Taints of these nodes."
+    )
+    runtime_class_name: DnsName | None = Field(None, description="RuntimeClass that the devices need.")
+
+
+class Gateway(ApiObject):
+    """The Gateway that HTTPRoutes attach to."""
+
+    name: DnsName = Field(description="Its name.")
+    namespace: DnsLabel = Field(description="Its namespace.")
+    section_name: DnsName | None = Field(None, description="Its listener; absent: all.")
+
+
+class Routes(ApiObject):
+    """How models are reached from outside."""
+
+    kind: RouteKind | None = Field(None, description="Absent: `spec.networking.host` is refused with the reason.")
+    ingress_class_name: DnsName | None = Field(None, description="Class of Ingresses; absent: the cluster's default.")
+    gateway: Gateway | None = Field(None, description="Gateway of HTTPRoutes.")
+    tls_secret_name: DnsName | None = Field(None, description="TLS Secret of Ingresses, in the model's namespace.")
+    controller_namespace: DnsLabel | None = Field(None, description="Namespace from which routed requests come.")
+
+    @property
+    def url_scheme(self) -> str:
+        """`https` where TLS ends at the route; a Gateway's listeners decide for themselves and are taken to do so."""
+        return "https" if self.kind is RouteKind.HTTP_ROUTE or self.tls_secret_name else "http"
+
+
+class Monitoring(ApiObject):
+    """How pods are scraped."""
+
+    kind: MonitorKind | None = Field(None, description="Object made for each model; absent: none.")
+    labels: Labels = Field(default_factory=dict, description="Labels by which Prometheus selects it.")
+    namespace: DnsLabel | None = Field(None, description="Namespace from which Prometheus scrapes.")
+    interval: Annotated[str, Field(pattern="^[0-9]+(ms|s|m)$", max_length=16)] = Field(
+        "15s", description="Time between two scrapes."
+    )
+
+
+def _default_resources() -> Resources:
+    return Resources(requests={"cpu": Quantity("250m"), "memory": Quantity("512Mi")}, limits={})
+
+
+class Settings(ApiObject):
+    """Everything the operator's settings file may say. Durations are in seconds."""
+
+    server_image: str = Field(f"phoenix-ml/phoenix-server:{__version__}", description="Image of the inference server.")
+    server_gpu_image: str = Field(
+        f"phoenix-ml/phoenix-server:{__version__}-gpu", description="The same for models that ask for an accelerator."
+    )
+    image_pull_policy: Annotated[str, Field(pattern="^(Always|IfNotPresent|Never)$")] = Field(
+        "IfNotPresent", description="Pull policy of both."
+    )
+    require_digest: Flag = Field(False, description="Refuse models without `spec.model.sha256`.")
+    default_resources: Resources = Field(
+        default_factory=_default_resources,
+        description="Requests of pods whose model names none. The memory limit follows the request.",
+    )
+    cluster_domain: DnsName = Field("cluster.local", description="DNS domain of Services.")
+    accelerator_profiles: dict[DnsLabel, AcceleratorProfile] = Field(
+        default_factory=dict, description="Accelerator profiles by name."
+    )
+    routes: Routes = Field(default_factory=Routes, description="How models are reached from outside.")
+    monitoring: Monitoring = Field(default_factory=Monitoring, description="How pods are scraped.")
+    network_policies: Flag = Field(True, description="Make a default-deny NetworkPolicy for each model.")
+    extra_egress: Annotated[list[Passthrough], Field(max_length=32)] = Field(
+        default_factory=list, description="NetworkPolicyEgressRules added for every model, for example a proxy."
+    )
+    workers: Whole = Field(8, ge=1, le=64, description="Models that are reconciled at the same time.")
+    resync_seconds: Whole = Field(600, ge=10, le=86_400, description="Time after which each model is looked at again.")
+    api_requests_per_second: Whole = Field(200, ge=1, le=10_000, description="Pace of requests to the API server.")
+    request_timeout_seconds: Number = Field(30, gt=0, le=300, description="Deadline of a request to the API server.")
+    state_timeout_seconds: Number = Field(2, gt=0, le=60, description="Deadline of a question to a pod.")
+    lease_seconds: Whole = Field(15, ge=5, le=300, description="Time after which a silent leader is replaced.")
+    http_port: Whole = Field(8080, ge=0, le=65535, description="Port of /healthz, /readyz and /metrics.")
+
+
+def read_settings(file: Path | None) -> Settings:
+    """Read the settings; without a file all are at their defaults. Raises `SettingsError`."""
+    if file is None:
+        return Settings()
+    try:
+        values = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise SettingsError(f"{file}: cannot be read: {error.strerror or error}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise SettingsError(f"{file}: is no YAML: {' '.join(str(error).split())}") from error
+    try:
+        return Settings.model_validate({} if values is None else values, by_alias=True, by_name=False)
+    except ValidationError as error:
+        faults = [
+            f"{'.'.join(map(str, fault['loc'])) or 'settings'}: {fault['msg']}, got {fault['input']!r:.80}"
+            for fault in error.errors(include_url=False)
+        ]
+        raise SettingsError(f"{file}: " + "; ".join(faults)) from error

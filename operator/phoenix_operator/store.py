@@ -1,0 +1,117 @@
+"""What the watches have told so far: PhoenixModels, their children and their pods, by model.
+
+Bodies are kept as JSON text without `managedFields`: a thousand models are eight thousand objects, and
+as dicts they would take ten times the memory. A stale message never replaces a newer one. Filled by `handlers` and by
+`reconcile` with what its own writes returned, so that a reconcile never acts on what it has itself outdated.
+"""
+
+import json
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+
+from phoenix_operator.desired.naming import MODEL
+from phoenix_operator.kinds import PHOENIX_MODEL, Kind
+from phoenix_operator.observed import Object
+
+Key = tuple[str, str]  # namespace and name of a PhoenixModel
+_Id = tuple[str, str]  # namespace and name of any object
+
+
+class _Record:
+    __slots__ = ("key", "text", "uid", "version")
+
+    def __init__(self, kind: Kind, body: Object, key: Key) -> None:
+        metadata = {name: value for name, value in body["metadata"].items() if name != "managedFields"}
+        # members of a list come without their kind
+        whole = {"apiVersion": kind.api_version, "kind": kind.kind, **body, "metadata": metadata}
+        self.text = json.dumps(whole, separators=(",", ":")).encode()
+        self.version = int(metadata.get("resourceVersion") or 0)
+        self.uid = metadata["uid"]
+        self.key = key
+
+
+class Store:
+    """The latest known state of every object that concerns a PhoenixModel."""
+
+    def __init__(self) -> None:
+        self._objects: dict[Kind, dict[_Id, _Record]] = defaultdict(dict)
+        self._by_model: dict[Key, set[tuple[Kind, _Id]]] = defaultdict(set)
+
+    def put(self, kind: Kind, body: Object) -> Key | None:
+        """Take in an object unless a newer one is known; return the model it belongs to, None if it is stale."""
+        place, key = _id(body), model_of(kind, body)
+        if key is None:
+            return None
+        known = self._objects[kind].get(place)
+        record = _Record(kind, body, key)
+        # resource versions of one kind are ordered (KEP 5504); another uid is another object, made later
+        if known is not None and known.uid == record.uid and known.version >= record.version:
+            return None
+        if known is not None and known.key != key:
+            self._by_model[known.key].discard((kind, place))
+        self._objects[kind][place] = record
+        self._by_model[key].add((kind, place))
+        return key
+
+    def discard(self, kind: Kind, body: Object) -> Key | None:
+        """Forget an object that is gone; return the model it belonged to."""
+        place = _id(body)
+        known = self._objects[kind].get(place)
+        if known is None:
+            return model_of(kind, body)
+        if known.uid != body["metadata"]["uid"]:
+            return None  # the deletion of a predecessor
+        return self._drop(kind, place)
+
+    def _drop(self, kind: Kind, place: _Id) -> Key:
+        record = self._objects[kind].pop(place)
+        members = self._by_model[record.key]
+        members.discard((kind, place))
+        if not members:
+            del self._by_model[record.key]
+        return record.key
+
+    def model(self, key: Key) -> Object | None:
+        """Return a PhoenixModel."""
+        record = self._objects[PHOENIX_MODEL].get(key)
+        return json.loads(record.text) if record else None
+
+    def models(self) -> list[Key]:
+        """Return the keys of all PhoenixModels."""
+        return list(self._objects[PHOENIX_MODEL])
+
+    def of_model(self, key: Key, kinds: Iterable[Kind]) -> Iterator[tuple[Kind, Object]]:
+        """Yield the objects of these kinds that belong to a model."""
+        wanted = set(kinds)
+        for kind, place in sorted(self._by_model.get(key, ()), key=lambda member: (member[0].kind, member[1])):
+            if kind in wanted:
+                yield kind, json.loads(self._objects[kind][place].text)
+
+    def replace(self, kind: Kind, bodies: list[Object], *, listed_at: int) -> set[Key]:
+        """Take in a whole list; return the models of objects that the watch had missed.
+
+        `listed_at` is the list's resourceVersion: what the store knows of later moments is kept.
+        """
+        missed = {key for body in bodies if (key := self.put(kind, body)) is not None}
+        listed = {_id(body) for body in bodies}
+        for place, record in list(self._objects[kind].items()):
+            if place not in listed and record.version <= listed_at:
+                missed.add(self._drop(kind, place))
+        return missed
+
+    def versions(self, kind: Kind) -> dict[_Id, int]:
+        """Return the resourceVersion of every known object of a kind."""
+        return {place: record.version for place, record in self._objects[kind].items()}
+
+
+def model_of(kind: Kind, body: Object) -> Key | None:
+    """Return the model that an object says it belongs to."""
+    metadata = body["metadata"]
+    if kind == PHOENIX_MODEL:
+        return metadata["namespace"], metadata["name"]
+    name = (metadata.get("labels") or {}).get(MODEL)
+    return (metadata["namespace"], name) if name else None
+
+
+def _id(body: Object) -> _Id:
+    return body["metadata"]["namespace"], body["metadata"]["name"]
