@@ -84,6 +84,21 @@ bench-peers: $(DEV) ## The same with MLServer and KServe, each in its own enviro
 	$(SYNC) --extra server --extra operator --group dev --group bench
 	$(BIN)/python benchmarks/peers.py $(BENCH_ARGS)
 
+##@ Lab
+LAB = PYTHONPATH=tools $(PYTHON) -m lab
+
+.PHONY: lab-up
+lab-up: ## Start a real Kubernetes on this machine (tools/lab); the last line is its kubeconfig
+	@$(LAB) up
+
+.PHONY: lab-down
+lab-down: ## Stop it and remove what its pods left
+	@$(LAB) down
+
+.PHONY: lab-status
+lab-status: ## Show what of it runs
+	@$(LAB) status
+
 ##@ Housekeeping
 .PHONY: clean
 clean: ## Remove what was built here

@@ -4,7 +4,7 @@ import argparse
 import os
 import sys
 
-from . import LabError, binaries, cluster
+from . import LabError, binaries, cluster, fakes
 from .state import Lab, only_one
 
 
@@ -27,6 +27,13 @@ def _parser() -> argparse.ArgumentParser:
     command("audit-log", "print the path of the API server's audit log")
     load = command("load", "copy images from Docker, or from archives, into the node")
     load.add_argument("images", nargs="+", metavar="IMAGE")
+    gpus = command("gpus", "advertise N devices on the real node; 0 removes them")
+    gpus.add_argument("count", type=int, metavar="N")
+    gpus.add_argument("--resource", default=fakes.GPU, help="as which resource (%(default)s)")
+    nodes = command("nodes", "have N fake nodes; 0 removes them")
+    nodes.add_argument("count", type=int, metavar="N")
+    nodes.add_argument("--gpus", type=int, default=0, metavar="G", help=f"with G {fakes.GPU} each")
+    nodes.add_argument("--schedulable", action="store_true", help="without the taint that keeps other pods away")
     for verb in ("start", "stop", "restart"):
         part = command(f"{verb}-component", f"{verb} one part of the lab")
         part.add_argument("part", choices=cluster.COMPONENTS)
@@ -54,6 +61,10 @@ def _run(arguments: argparse.Namespace) -> int:
             print(lab.require() and lab.audit_log)
         case "load":
             cluster.load(lab, arguments.images)
+        case "gpus":
+            cluster.set_gpus(lab, count=arguments.count, resource=arguments.resource)
+        case "nodes":
+            cluster.set_nodes(lab, count=arguments.count, gpus=arguments.gpus, is_schedulable=arguments.schedulable)
         case "stop-component":
             cluster.stop_component(lab, arguments.part)
         case "start-component":

@@ -3,13 +3,11 @@
 import os
 import shutil
 import socket
-import subprocess
-import tempfile
 import urllib.request
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from . import LabError, binaries, control_plane, kind, machine, node, processes
+from . import LabError, binaries, control_plane, fakes, kind, machine, node, processes
 from .control_plane import Command
 from .state import Facts, Lab, choose_ports, say
 
@@ -26,6 +24,7 @@ _COMMANDS: dict[str, Callable[[Lab, Facts], Command]] = {
     "kubelet": node.kubelet,
     "kube-proxy": node.kube_proxy,
     "coredns": node.coredns,
+    "kwok": fakes.kwok,
 }
 COMPONENTS = tuple(_COMMANDS)
 _PROGRAMS = {
@@ -161,7 +160,7 @@ def down(lab: Lab, *, purge: bool = False) -> None:
 
 def start_component(lab: Lab, name: str) -> None:
     """Start one part again and wait until it answers."""
-    facts = _with_components(lab, name)
+    facts = _part_of(lab, name)
     if not _is_running(lab, name):
         _start(lab, facts, name)
     wait_ready(lab, facts, name)
@@ -169,16 +168,18 @@ def start_component(lab: Lab, name: str) -> None:
 
 def stop_component(lab: Lab, name: str) -> None:
     """Stop one part; the rest goes on."""
-    _with_components(lab, name)
+    _part_of(lab, name)
     processes.stop([_record(lab, name)])
 
 
-def _with_components(lab: Lab, name: str) -> Facts:
+def _own(lab: Lab) -> Facts:
     if given_kubeconfig():
-        raise LabError(
-            f"the cluster that {GIVEN} names is not the lab's: its parts are not stopped or started from here"
-        )
-    facts = lab.require()
+        raise LabError(f"the cluster that {GIVEN} names is not the lab's, and the lab changes nothing about it")
+    return lab.require()
+
+
+def _part_of(lab: Lab, name: str) -> Facts:
+    facts = _own(lab)
     if name not in facts.components:
         raise LabError(f"the lab {lab.name!r} has no part {name!r}; it has: {', '.join(facts.components) or 'none'}")
     return facts
@@ -186,24 +187,43 @@ def _with_components(lab: Lab, name: str) -> Facts:
 
 def load(lab: Lab, images: Sequence[str]) -> None:
     """Copy images into the node: names known to Docker, or paths of archives (`*.tar`)."""
-    if given_kubeconfig():
-        raise LabError(f"images are not copied into the cluster that {GIVEN} names; push them to its registry")
-    facts = lab.require()
+    facts = _own(lab)
     if facts.mode == "kind":
         kind.load(lab, images)
         return
-    archives = [image for image in images if image.endswith(".tar")]
-    names = [image for image in images if image not in archives]
-    for archive in archives:
+    names = [image for image in images if not image.endswith(".tar")]
+    for archive in set(images) - set(names):
         node.import_archive(lab, Path(archive))
-    if names:
-        with tempfile.TemporaryDirectory(dir=lab.folder) as folder:
-            archive = Path(folder) / "images.tar"
-            saved = subprocess.run(["docker", "save", "-o", archive, *names], capture_output=True, text=True)
-            if saved.returncode:
-                raise LabError(f"docker save failed: {saved.stderr.strip()}")
-            node.import_archive(lab, archive)
-    say(f"loaded {', '.join(images)}")
+    node.import_from_docker(lab, names)
+
+
+def set_gpus(lab: Lab, *, count: int, resource: str) -> None:
+    """Advertise devices on the real node."""
+    facts = _own(lab)
+    if facts.mode == "control-plane":
+        raise LabError(f"the lab {lab.name!r} has no real node; `nodes` makes fake ones, with --gpus")
+    name = kind.node_name(lab) if facts.mode == "kind" else control_plane.NODE_NAME
+    fakes.set_gpus(lab, name, count=count, resource=resource)
+    say(f"the node {name} advertises {count} {resource}")
+
+
+def set_nodes(lab: Lab, *, count: int, gpus: int, is_schedulable: bool) -> None:
+    """Have exactly `count` fake nodes beside the real one, and kwok only while there are any."""
+    facts = _own(lab)
+    if count:
+        binaries.build(["kwok"])
+        if "kwok" not in facts.components:
+            facts.components.append("kwok")
+            lab.write(facts)
+        start_component(lab, "kwok")
+    fakes.set_nodes(lab, count=count, gpus=gpus, is_schedulable=is_schedulable)
+    if not count and "kwok" in facts.components:
+        stop_component(lab, "kwok")
+        facts.components.remove("kwok")
+        lab.write(facts)
+    if count:
+        fakes.wait_ready(lab, count)
+    say(f"{count} fake nodes")
 
 
 def status(lab: Lab) -> tuple[list[str], bool]:
@@ -266,6 +286,8 @@ def _is_ready(lab: Lab, facts: Facts, name: str) -> bool:
             return _is_healthy(f"http://127.0.0.1:{node.KUBELET_HEALTH_PORT}/healthz") and node.is_ready(lab)
         case "kube-proxy":
             return _is_healthy(f"http://127.0.0.1:{node.KUBE_PROXY_HEALTH_PORT}/healthz")
+        case "kwok":
+            return True  # the nodes that it keeps alive show whether it works
     return _answers(facts.ports[name])
 
 

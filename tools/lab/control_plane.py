@@ -4,7 +4,7 @@ import os
 import subprocess
 from pathlib import Path
 
-from . import binaries, certificates
+from . import LabError, binaries, certificates
 from .state import Facts, Lab
 
 SERVICE_CIDR = "10.96.0.0/16"
@@ -153,7 +153,7 @@ def kubectl(lab: Lab, *arguments: str, stdin: str | None = None) -> str:
     """Run kubectl as the lab's administrator; its stdout."""
     done = _kubectl(lab, *arguments, stdin=stdin)
     if done.returncode:
-        raise binaries.LabError(f"kubectl {' '.join(arguments)} failed: {done.stderr.strip()}")
+        raise LabError(f"kubectl {' '.join(arguments)} failed: {done.stderr.strip()}")
     return done.stdout
 
 

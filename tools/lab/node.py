@@ -4,12 +4,13 @@ Pods are wired with the `ptp` plugin: each has its own link to the host, which r
 neither a bridge nor br_netfilter is needed, and a pod's end leaves no interface.
 """
 
+import json
 import os
 import shutil
 import signal
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from . import LabError, binaries, machine, oci, processes
@@ -159,6 +160,42 @@ def import_archive(lab: Lab, archive: Path) -> None:
     done = ctr(lab, "images", "import", "--local", str(archive))
     if done.returncode:
         raise LabError(f"{archive} cannot be imported: {done.stderr.strip()}")
+
+
+def import_from_docker(lab: Lab, images: Sequence[str]) -> None:
+    """Copy images from the Docker engine; those that the node has with the same contents stay as they are."""
+    loaded_file = lab.node / "loaded.json"
+    loaded: dict[str, str] = json.loads(loaded_file.read_text()) if loaded_file.exists() else {}
+    there = image_names(lab)
+    wanted = {image: _docker("image", "inspect", "--format={{.Id}}", image).strip() for image in images}
+    changed = [image for image, id in wanted.items() if loaded.get(image) != id or full_name(image) not in there]
+    if changed:
+        with tempfile.TemporaryDirectory(dir=lab.folder) as folder:
+            archive = Path(folder) / "images.tar"
+            _docker("save", "--output", str(archive), *changed)
+            import_archive(lab, archive)
+        loaded_file.write_text(json.dumps(loaded | wanted, indent=1))
+    for image in images:
+        say(f"{image}: {'loaded' if image in changed else 'was loaded already'}")
+
+
+def full_name(image: str) -> str:
+    """How containerd names what Docker calls `image`: with registry, folder and tag."""
+    first, slash, _ = image.partition("/")
+    if not slash:
+        image = f"docker.io/library/{image}"
+    elif not ("." in first or ":" in first or first == "localhost"):
+        image = f"docker.io/{image}"
+    return image if ":" in image.rpartition("/")[2] or "@" in image else f"{image}:latest"
+
+
+def _docker(*arguments: str) -> str:
+    if not shutil.which("docker"):
+        raise LabError("images are copied from Docker, and there is no `docker` on PATH; archives (`*.tar`) need none")
+    done = subprocess.run(["docker", *arguments], capture_output=True, text=True)
+    if done.returncode:
+        raise LabError(f"`docker {' '.join(arguments)}` failed: {done.stderr.strip()}")
+    return done.stdout
 
 
 def import_pause_image(lab: Lab) -> None:

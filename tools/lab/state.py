@@ -24,7 +24,6 @@ _USUAL_PORTS = {
     "controller-manager": 10257,
     "scheduler": 10259,
     "coredns": 10053,
-    "kwok": 10247,
 }
 
 
