@@ -173,8 +173,8 @@ class _Operator:
         self._metrics.leader.set(0)
         await self._lease.release()
         await asyncio.wait({watching}, timeout=20)
-        for task in (stopping, watching):
-            task.cancel()
+        stopping.cancel()
+        watching.cancel()
         if watching.done() and not watching.cancelled() and (error := watching.exception()):
             raise error
 
