@@ -39,6 +39,14 @@ check: $(RUN) ## Check the examples: manifest, digest, signature, provider, capa
 	@store=$$($(MAGIKA_MODELS)); \
 	  PHOENIX_MODEL_STORE="$${PHOENIX_MODEL_STORE:-$$store}" $(BIN)/phoenix-server check examples
 
+.PHONY: cluster
+cluster: ## A real Kubernetes with operator and the iris example on it (needs root on Debian, or PHOENIX_TEST_KUBECONFIG)
+	@$(PYTHON) tools/cluster.py
+
+.PHONY: cluster-down
+cluster-down: ## Take it away
+	@PYTHONPATH=tools $(PYTHON) -m lab down
+
 ##@ Develop
 .PHONY: test
 test: $(DEV) ## Run every test
@@ -46,7 +54,11 @@ test: $(DEV) ## Run every test
 
 .PHONY: test-fast
 test-fast: $(DEV) ## Run the tests that take no more than seconds
-	$(BIN)/pytest -m "not slow"
+	$(BIN)/pytest -m "not slow and not cluster and not images"
+
+.PHONY: test-cluster
+test-cluster: $(DEV) ## Run the tests on a real Kubernetes
+	PHOENIX_REQUIRE=cluster $(BIN)/pytest -m "cluster or images" tests/images tests/cluster
 
 .PHONY: lint
 lint: $(DEV) ## Style, types, import rules, generated files

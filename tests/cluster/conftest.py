@@ -1,0 +1,89 @@
+"""Phoenix on a real Kubernetes: images of this checkout, the operator with the rights of its install manifests.
+
+One cluster serves all tests (`tools/cluster.py` brings it up, and leaves it up: the next run starts in seconds); each
+test has a namespace of its own in which Pod Security `restricted` is enforced. Tests speak kubectl, as users do.
+"""
+
+import itertools
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "tools"))
+
+import cluster as tools  # noqa: E402
+from phoenix_cluster import Phoenix  # noqa: E402
+
+SETTINGS = {
+    "routes": {"kind": "Ingress", "ingressClassName": "none"},
+    "acceleratorProfiles": {"small": {"resourceName": "nvidia.com/gpu", "nodeSelector": {"gpu": "small"}}},
+    "resyncSeconds": 60,
+    # the GPU variant cannot be built everywhere; the same server tells truthfully that it finds no device
+    "serverGpuImage": tools.images()[0],
+}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if Path(__file__).parent in item.path.parents:
+            item.add_marker(pytest.mark.cluster)
+            if item.get_closest_marker("timeout") is None:
+                item.add_marker(pytest.mark.timeout(300))
+
+
+def _why_not() -> str | None:
+    """Return why there can be no cluster here."""
+    if os.environ.get("PHOENIX_TEST_KUBECONFIG"):
+        return None
+    if os.geteuid() != 0:
+        return "a cluster of its own needs root (or PHOENIX_TEST_KUBECONFIG)"
+    if shutil.which("go") is None and shutil.which("kind") is None:
+        return "neither go nor kind is there to make a cluster with"
+    return None
+
+
+@pytest.fixture(scope="session")
+def phoenix() -> Phoenix:
+    """The cluster with the operator, set up for tests."""
+    if reason := _why_not():
+        if "cluster" in os.environ.get("PHOENIX_REQUIRE", "").split(","):
+            pytest.fail(reason)
+        pytest.skip(reason)
+    try:
+        kubectl = tools.up()
+    except subprocess.CalledProcessError as error:
+        pytest.fail(f"no cluster: {error}\n{error.stderr or ''}")
+    found = Phoenix(kubectl, tools.images()[0])
+    found.set_settings(SETTINGS)
+    return found
+
+
+_numbers = itertools.count(1)
+
+
+@pytest.fixture
+def namespace(phoenix: Phoenix, request: pytest.FixtureRequest) -> Iterator[str]:
+    """A namespace in which only restricted pods run; it is deleted afterwards."""
+    name = f"t{os.getpid()}-{next(_numbers)}"
+    tools.make_namespace(phoenix.kubectl, name)
+    yield name
+    if request.node.stash.get(_FAILED, False):
+        sys.stderr.write(phoenix.report(name))
+    phoenix.kubectl("delete", "namespace", name, "--wait=false")
+
+
+_FAILED: pytest.StashKey[bool] = pytest.StashKey()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
+    report = yield
+    if call.when == "call":
+        item.stash[_FAILED] = report.failed
+    return report

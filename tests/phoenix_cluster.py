@@ -1,0 +1,179 @@
+"""What cluster tests say to a real Kubernetes: apply a model, await a condition, read the operator's writes."""
+
+import json
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import cluster as tools
+import yaml
+
+Object = dict[str, Any]
+OPERATOR = "system:serviceaccount:phoenix-system:phoenix-operator"
+_POLL_S = 0.1
+
+
+def model(name: str = "iris", **spec: Any) -> Object:
+    """Return a small PhoenixModel that serves the iris example of the image; `spec` replaces whole fields."""
+    usual = {
+        "model": {"uri": "iris/model.onnx"},
+        "resources": {"requests": {"cpu": "50m", "memory": "192Mi"}},
+        "rollout": {"drainSeconds": 1},
+    }
+    return {
+        "apiVersion": "phoenix-ml.io/v1alpha1",
+        "kind": "PhoenixModel",
+        "metadata": {"name": name},
+        "spec": usual | spec,
+    }
+
+
+class Phoenix:
+    """The cluster under test."""
+
+    def __init__(self, kubectl: tools.Kubectl, server_image: str) -> None:
+        self.kubectl = kubectl
+        self.server_image = server_image
+
+    # --- objects -----------------------------------------------------------------------------------------------------
+
+    def apply(self, namespace: str, *objects: Object) -> None:
+        """Apply objects as `kubectl apply -f -` does."""
+        self.kubectl(
+            "apply",
+            "-n",
+            namespace,
+            "-f",
+            "-",
+            stdin=json.dumps({"kind": "List", "apiVersion": "v1", "items": objects}),
+        )
+
+    def get(self, namespace: str, what: str) -> Object | None:
+        """Return `kind/name`, or None if it is not there."""
+        text = self.kubectl("get", "-n", namespace, what, "-o", "json", "--ignore-not-found")
+        return json.loads(text) if text else None
+
+    def list(self, namespace: str, kinds: str, *arguments: str) -> list[Object]:
+        """Return all objects of the kinds."""
+        return json.loads(self.kubectl("get", "-n", namespace, kinds, *arguments, "-o", "json"))["items"]  # type: ignore[no-any-return]
+
+    def patch(self, namespace: str, what: str, patch: Object, *, kind: str = "merge") -> None:
+        """Patch `kind/name`."""
+        self.kubectl("patch", "-n", namespace, what, f"--type={kind}", "-p", json.dumps(patch))
+
+    def delete(self, namespace: str, what: str, *arguments: str) -> None:
+        """Delete `kind/name`."""
+        self.kubectl("delete", "-n", namespace, what, *arguments)
+
+    # --- waiting -----------------------------------------------------------------------------------------------------
+
+    def wait_for(self, what: str, check: Callable[[], Any], *, deadline_s: float = 60) -> Any:
+        """Call `check` until it returns something true, and return that; fail with its last answer otherwise."""
+        end = time.monotonic() + deadline_s
+        while True:
+            try:
+                found = check()
+            except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
+                found, last = None, f"{error} {getattr(error, 'stderr', '')}"
+            else:
+                last = repr(found)
+            if found:
+                return found
+            if time.monotonic() > end:
+                raise AssertionError(f"not within {deadline_s} s: {what}; last seen: {last[:3000]}")
+            time.sleep(_POLL_S)
+
+    def conditions(self, namespace: str, name: str = "iris") -> dict[str, Object]:
+        """Return the conditions by type, but only once they speak of the newest generation."""
+        found = self.get(namespace, f"phoenixmodel/{name}")
+        if found is None or found.get("status", {}).get("observedGeneration") != found["metadata"]["generation"]:
+            return {}
+        return {row["type"]: row for row in found["status"]["conditions"]}
+
+    def wait_condition(
+        self, namespace: str, name: str, kind: str, status: str, reason: str | None = None, *, deadline_s: float = 60
+    ) -> Object:
+        """Wait until a condition of the newest generation is so; return it."""
+        end = time.monotonic() + deadline_s
+        rows: dict[str, Object] = {}
+        while time.monotonic() < end:
+            rows = self.conditions(namespace, name)
+            row = rows.get(kind)
+            if row and row["status"] == status and reason in (None, row["reason"]):
+                return row
+            time.sleep(_POLL_S)
+        short = {kind: (row["status"], row["reason"], row["message"][:300]) for kind, row in rows.items()}
+        raise AssertionError(
+            f"not within {deadline_s} s: {name} {kind}={status} {reason or ''}; conditions are {short}"
+        )
+
+    def wait_ready(self, namespace: str, name: str = "iris", *, deadline_s: float = 90) -> Object:
+        """Wait until the newest generation is Ready."""
+        return self.wait_condition(namespace, name, "Ready", "True", deadline_s=deadline_s)
+
+    # --- requests ----------------------------------------------------------------------------------------------------
+
+    def start_client(self, namespace: str) -> None:
+        """Start the pod from which `infer` asks."""
+        self.apply(namespace, tools.client_pod("client", self.server_image))
+        self.kubectl("wait", "--for=condition=Ready", "pod/client", "-n", namespace, "--timeout=60s")
+
+    def infer(self, namespace: str, name: str = "iris") -> Object:
+        """Ask a model for the iris example from the client pod, through the Service's DNS name."""
+        answer: Object = json.loads(tools.infer(self.kubectl, namespace, f"{name}.{namespace}.svc", name))
+        return answer
+
+    # --- the operator ------------------------------------------------------------------------------------------------
+
+    def set_settings(self, settings: Object) -> None:
+        """Give the operator these settings and wait until it runs with them."""
+        text = yaml.safe_dump(settings)
+        where = ("-n", tools.OPERATOR_NAMESPACE)
+        body = {"data": {"settings.yaml": text}}
+        self.kubectl("patch", "configmap", "phoenix-operator-settings", *where, "--type=merge", "-p", json.dumps(body))
+        tools.restart_operator(self.kubectl, f"{tools.image_id(tools.images()[1])} {text}")
+        self.wait_for("a leader", self.leader)
+
+    def leader(self) -> str:
+        """Return the pod that holds the lease; empty while none does."""
+        lease = self.get(tools.OPERATOR_NAMESPACE, "lease/phoenix-operator")
+        return str(lease["spec"].get("holderIdentity") or "") if lease else ""
+
+    def operator_pods(self) -> list[Object]:
+        """Return the operator's pods that are not going away."""
+        pods = self.list(tools.OPERATOR_NAMESPACE, "pods", "-l", "app.kubernetes.io/name=phoenix-operator")
+        return [pod for pod in pods if "deletionTimestamp" not in pod["metadata"]]
+
+    @contextmanager
+    def operator_stopped(self) -> Iterator[None]:
+        """Run without an operator."""
+        where = ("-n", tools.OPERATOR_NAMESPACE)
+        self.kubectl("scale", "deployment/phoenix-operator", *where, "--replicas=0")
+        self.wait_for("no operator", lambda: not self.operator_pods())
+        try:
+            yield
+        finally:
+            self.kubectl("scale", "deployment/phoenix-operator", *where, "--replicas=2")
+            self.kubectl("rollout", "status", "deployment/phoenix-operator", *where, "--timeout=120s")
+            self.wait_for("a leader", self.leader)
+
+    def operator_metrics(self) -> str:
+        """Return /metrics of the leader."""
+        path = f"/api/v1/namespaces/{tools.OPERATOR_NAMESPACE}/pods/{self.leader()}:8080/proxy/metrics"
+        return self.kubectl("get", "--raw", path)
+
+    def report(self, namespace: str) -> str:
+        """Return what helps to understand a failure: models, pods, events, the operator's log."""
+        parts = []
+        for command in (
+            ("get", "phx,deployments,pods", "-n", namespace, "-o", "wide"),
+            ("get", "events", "-n", namespace, "--sort-by=.lastTimestamp"),
+            ("logs", "-n", tools.OPERATOR_NAMESPACE, "-l", "app.kubernetes.io/name=phoenix-operator", "--tail=40"),
+        ):
+            try:
+                parts.append(f"--- kubectl {' '.join(command)}\n{self.kubectl(*command)}")
+            except subprocess.CalledProcessError as error:
+                parts.append(f"--- kubectl {' '.join(command)} failed: {error.stderr}")
+        return "\n".join(parts)

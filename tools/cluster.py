@@ -1,0 +1,177 @@
+"""`make cluster`: Phoenix on a real Kubernetes, from images built here, with the rights of its own install manifests.
+
+Brings the lab up (or uses the cluster that PHOENIX_TEST_KUBECONFIG names), loads the images, applies
+`operator/manifests/cluster`, serves `examples/iris`, infers from another pod, and prints what to type next. The cluster
+tests install Phoenix with the same functions. Standard library only.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+MANIFESTS = ROOT / "operator/manifests/cluster"
+OPERATOR_NAMESPACE, EXAMPLE_NAMESPACE = "phoenix-system", "phoenix-demo"
+RESTRICTED = "pod-security.kubernetes.io/enforce=restricted"
+
+
+def say(text: str) -> None:
+    """Tell what is being done."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def lab(*arguments: str) -> str:
+    """Run a command of the lab; return what it printed, without the last line's end."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "tools")}
+    command = [sys.executable, "-m", "lab", *arguments]
+    done = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True)
+    return done.stdout.strip()
+
+
+class Kubectl:
+    """kubectl on one cluster, as a user would type it."""
+
+    def __init__(self, kubeconfig: str) -> None:
+        self.environment = os.environ | {"KUBECONFIG": kubeconfig}
+
+    def __call__(self, *arguments: str, stdin: str | None = None, timeout_s: float = 120) -> str:
+        """Run kubectl; return what it printed. Raises `CalledProcessError` with its words in `stderr`."""
+        done = subprocess.run(
+            ["kubectl", *arguments], env=self.environment, check=True, capture_output=True, text=True, input=stdin,
+            timeout=timeout_s,
+        )  # fmt: skip
+        return done.stdout
+
+    def can(self, *arguments: str) -> bool:
+        """Return whether kubectl succeeds."""
+        return subprocess.run(["kubectl", *arguments], env=self.environment, capture_output=True).returncode == 0
+
+
+def version() -> str:
+    """Return the version of Phoenix, which is the images' tag."""
+    import tomllib
+
+    return str(tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"])
+
+
+def images() -> list[str]:
+    """Return the names of the images."""
+    return [f"phoenix-ml/phoenix-{part}:{version()}" for part in ("server", "operator")]
+
+
+def up() -> Kubectl:
+    """Bring up cluster and operator; return kubectl for it."""
+    kubeconfig = lab("up").splitlines()[-1]
+    subprocess.run([sys.executable, str(ROOT / "tools/images.py")], check=True)
+    say("loading the images into the node")
+    lab("load", *images())
+    kubectl = Kubectl(kubeconfig)
+    install(kubectl)
+    return kubectl
+
+
+def install(kubectl: Kubectl) -> None:
+    """Apply the operator's manifests and wait for it; running pods take up an image that was built again."""
+    say("installing the operator")
+    kubectl("apply", "--server-side", "--force-conflicts", "-k", str(MANIFESTS))
+    digest = image_id(images()[1])
+    restart_operator(kubectl, digest)
+
+
+def restart_operator(kubectl: Kubectl, why: str) -> None:
+    """Roll the operator's pods unless they run for the same reason already; wait for the new ones."""
+    annotation = {"spec": {"template": {"metadata": {"annotations": {"phoenix-ml.io/restarted-for": why}}}}}
+    where = ("-n", OPERATOR_NAMESPACE)
+    kubectl("patch", "deployment", "phoenix-operator", *where, "--type=merge", "-p", json.dumps(annotation))
+    kubectl("rollout", "status", "deployment/phoenix-operator", *where, "--timeout=120s")
+
+
+def image_id(name: str) -> str:
+    """Return the id of a local image."""
+    done = subprocess.run(
+        ["docker", "image", "inspect", "-f", "{{.Id}}", name], check=True, capture_output=True, text=True
+    )
+    return done.stdout.strip()
+
+
+def make_namespace(kubectl: Kubectl, name: str) -> None:
+    """Make a namespace in which only restricted pods run."""
+    if not kubectl.can("get", "namespace", name):
+        kubectl("create", "namespace", name)
+    kubectl("label", "namespace", name, RESTRICTED, "--overwrite")
+
+
+def client_pod(name: str, image: str) -> dict[str, object]:
+    """Return a pod of the server's image that waits, so that requests can be made from inside the cluster."""
+    restricted = {
+        "allowPrivilegeEscalation": False,
+        "readOnlyRootFilesystem": True,
+        "capabilities": {"drop": ["ALL"]},
+    }
+    wait = "import signal; signal.sigwait({signal.SIGTERM})"
+    container = {
+        "name": "client",
+        "image": image,
+        "imagePullPolicy": "IfNotPresent",
+        "command": ["python", "-c", wait],
+        "securityContext": restricted,
+    }
+    security = {"runAsNonRoot": True, "runAsUser": 10001, "seccompProfile": {"type": "RuntimeDefault"}}
+    spec = {"containers": [container], "securityContext": security, "automountServiceAccountToken": False}
+    return {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": name}, "spec": spec}
+
+
+def demo(kubectl: Kubectl) -> None:
+    """Serve the iris example and infer from another pod, through the DNS name and the cluster address."""
+    namespace = EXAMPLE_NAMESPACE
+    make_namespace(kubectl, namespace)
+    say("serving examples/iris")
+    started = time.monotonic()
+    kubectl("apply", "-n", namespace, "-f", str(ROOT / "examples/iris/model.yaml"))
+    kubectl("wait", "--for=condition=Ready", "phx/iris", "-n", namespace, "--timeout=120s")
+    say(f"ready after {time.monotonic() - started:.1f} s; asking it from another pod")
+    kubectl("apply", "-n", namespace, "-f", "-", stdin=json.dumps(client_pod("client", images()[0])))
+    kubectl("wait", "--for=condition=Ready", "pod/client", "-n", namespace, "--timeout=60s")
+    address = kubectl("get", "service", "iris", "-n", namespace, "-o", "jsonpath={.spec.clusterIP}")
+    for host in (f"iris.{namespace}.svc", address):
+        say(f"http://{host}:8000 answers: {infer(kubectl, namespace, host)}")
+
+
+def infer(kubectl: Kubectl, namespace: str, host: str, model: str = "iris") -> str:
+    """Infer from the client pod; return the answer's text."""
+    request = (ROOT / "examples/iris/request.json").read_text()
+    program = (
+        "import sys, urllib.request; "
+        f"print(urllib.request.urlopen('http://{host}:8000/v2/models/{model}/infer', sys.stdin.buffer.read(), 10)"
+        ".read().decode())"
+    )
+    return kubectl("exec", "-i", "client", "-n", namespace, "--", "python", "-c", program, stdin=request).strip()
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Bring everything up, show that it works, and say what can be typed next."""
+    argparse.ArgumentParser(description=__doc__).parse_args(arguments)
+    try:
+        kubectl = up()
+        demo(kubectl)
+    except subprocess.CalledProcessError as error:
+        say(f"failed: {' '.join(map(str, error.cmd))}\n{error.stderr or ''}")
+        return 1
+    print(kubectl("get", "phx", "-n", EXAMPLE_NAMESPACE))
+    print("What to type next:")
+    print(f"  export KUBECONFIG={kubectl.environment['KUBECONFIG']}")
+    print(f"  kubectl get phx -n {EXAMPLE_NAMESPACE} -o wide")
+    print(f"  kubectl describe phx iris -n {EXAMPLE_NAMESPACE}")
+    print(f"  kubectl scale phx iris -n {EXAMPLE_NAMESPACE} --replicas=2")
+    print(f"  kubectl logs -n {OPERATOR_NAMESPACE} deployment/phoenix-operator -f")
+    print("  make cluster-down")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
