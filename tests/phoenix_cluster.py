@@ -55,7 +55,7 @@ class Phoenix:
         text = self.kubectl("get", "-n", namespace, what, "-o", "json", "--ignore-not-found")
         return json.loads(text) if text else None
 
-    def list(self, namespace: str, kinds: str, *arguments: str) -> list[Object]:
+    def all(self, namespace: str, kinds: str, *arguments: str) -> list[Object]:
         """Return all objects of the kinds."""
         return json.loads(self.kubectl("get", "-n", namespace, kinds, *arguments, "-o", "json"))["items"]  # type: ignore[no-any-return]
 
@@ -143,7 +143,7 @@ class Phoenix:
 
     def operator_pods(self) -> list[Object]:
         """Return the operator's pods that are not going away."""
-        pods = self.list(tools.OPERATOR_NAMESPACE, "pods", "-l", "app.kubernetes.io/name=phoenix-operator")
+        pods = self.all(tools.OPERATOR_NAMESPACE, "pods", "-l", "app.kubernetes.io/name=phoenix-operator")
         return [pod for pod in pods if "deletionTimestamp" not in pod["metadata"]]
 
     @contextmanager

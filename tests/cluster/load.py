@@ -1,0 +1,55 @@
+"""Load from inside the cluster, sent to a pod's Python by `kubectl exec`: keep-alive clients ask until stdin ends.
+
+Arguments: URL's host, model, clients, least number of requests. Prints JSON: requests, failures (a sample), versions.
+Standard library only.
+"""
+
+import collections
+import http.client
+import json
+import sys
+import threading
+
+BODY = json.dumps({"inputs": [{"name": "x", "shape": [1, 4], "datatype": "FP32", "data": [5.1, 3.5, 1.4, 0.2]}]})
+
+
+def main(host: str, model: str, clients: int, least: int) -> None:
+    stop = threading.Event()
+    lock = threading.Lock()
+    versions: collections.Counter[str] = collections.Counter()
+    failures: list[str] = []
+
+    def ask(connection: http.client.HTTPConnection) -> str:
+        connection.request("POST", f"/v2/models/{model}/infer", BODY, {"Content-Type": "application/json"})
+        response = connection.getresponse()
+        text = response.read().decode()
+        if response.status != 200:
+            raise RuntimeError(f"HTTP {response.status}: {text[:200]}")
+        return str(json.loads(text)["model_version"])
+
+    def client() -> None:
+        connection = http.client.HTTPConnection(host, 8000, timeout=10)
+        while not (stop.is_set() and sum(versions.values()) >= least):
+            try:
+                version = ask(connection)
+            except Exception as error:
+                with lock:
+                    failures.append(f"{type(error).__name__}: {error}")
+                connection.close()
+            else:
+                with lock:
+                    versions[version] += 1
+
+    threads = [threading.Thread(target=client) for _ in range(clients)]
+    for thread in threads:
+        thread.start()
+    sys.stdin.read()
+    stop.set()
+    for thread in threads:
+        thread.join()
+    print(json.dumps({"requests": sum(versions.values()), "failures": failures[:20], "failed": len(failures),
+                      "versions": versions}))  # fmt: skip
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))
