@@ -67,7 +67,7 @@ def images() -> list[str]:
 def up() -> Kubectl:
     """Bring up cluster and operator; return kubectl for it."""
     kubeconfig = lab("up").splitlines()[-1]
-    subprocess.run([sys.executable, str(ROOT / "tools/images.py")], check=True)
+    subprocess.run([sys.executable, str(ROOT / "tools/images.py"), "server", "operator"], check=True)
     say("loading the images into the node")
     lab("load", *images())
     kubectl = Kubectl(kubeconfig)

@@ -9,6 +9,7 @@ import http.client
 import json
 import sys
 import threading
+import time
 
 BODY = json.dumps({"inputs": [{"name": "x", "shape": [1, 4], "datatype": "FP32", "data": [5.1, 3.5, 1.4, 0.2]}]})
 
@@ -34,7 +35,7 @@ def main(host: str, model: str, clients: int, least: int) -> None:
                 version = ask(connection)
             except Exception as error:
                 with lock:
-                    failures.append(f"{type(error).__name__}: {error}")
+                    failures.append(f"{time.strftime('%H:%M:%S')} {type(error).__name__}: {error}")
                 connection.close()
             else:
                 with lock:

@@ -58,7 +58,7 @@ def iris(version: str, **source: Any) -> dict[str, Any]:
     return model(
         model={"uri": "iris/model.onnx", "version": version, **source},
         replicas=2,
-        rollout={"drainSeconds": 5, "progressDeadlineSeconds": 300},
+        rollout={"drainSeconds": 10, "progressDeadlineSeconds": 300},
     )
 
 
