@@ -1,10 +1,14 @@
 """What cluster tests say to a real Kubernetes: apply a model, await a condition, read the operator's writes."""
 
+import contextlib
 import json
+import os
+import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import cluster as tools
@@ -158,6 +162,17 @@ class Phoenix:
             self.kubectl("scale", "deployment/phoenix-operator", *where, "--replicas=2")
             self.kubectl("rollout", "status", "deployment/phoenix-operator", *where, "--timeout=120s")
             self.wait_for("a leader", self.leader)
+
+    def kill(self, pod: Object) -> None:
+        """End the processes of a pod's container with SIGKILL, as the node sees them: nothing is said goodbye to."""
+        container = pod["status"]["containerStatuses"][0]["containerID"].partition("://")[2]
+        killed = 0
+        for group in Path("/proc").glob("[0-9]*/cgroup"):
+            with contextlib.suppress(OSError):  # processes end while they are looked at
+                if container in group.read_text():
+                    os.kill(int(group.parent.name), signal.SIGKILL)
+                    killed += 1
+        assert killed, f"no process of {pod['metadata']['name']} on this machine"
 
     def operator_metrics(self) -> str:
         """Return /metrics of the leader."""

@@ -24,6 +24,7 @@ SETTINGS = {
     "routes": {"kind": "Ingress", "ingressClassName": "none"},
     "acceleratorProfiles": {"small": {"resourceName": "nvidia.com/gpu", "nodeSelector": {"gpu": "small"}}},
     "resyncSeconds": 60,
+    "leaseSeconds": 5,
     # the GPU variant cannot be built everywhere; the same server tells truthfully that it finds no device
     "serverGpuImage": tools.images()[0],
 }
