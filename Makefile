@@ -111,6 +111,11 @@ lab-down: ## Stop it and remove what its pods left
 lab-status: ## Show what of it runs
 	@$(LAB) status
 
+##@ Deliver
+.PHONY: images
+images: ## Build the container images of server and operator
+	@$(PYTHON) tools/images.py
+
 ##@ Housekeeping
 .PHONY: clean
 clean: ## Remove what was built here
