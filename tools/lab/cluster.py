@@ -141,19 +141,16 @@ def down(lab: Lab, *, purge: bool = False) -> None:
     if facts and facts.mode == "kind":
         kind.delete(lab)
     lab.forget()
-    if lab.run.exists() or (lab.node / "kubelet").exists():
+    if has_node := lab.run.exists() or (lab.node / "kubelet").exists():
         machine.require_root()
         processes.stop([_record(lab, "kubelet")])  # first, or it starts again what is ended
         node.remove_pods(lab)
-    processes.stop(sorted(lab.records.glob("*.json")))
-    if lab.node.exists():
+    needed_last = {_record(lab, "etcd"), _record(lab, "containerd")}
+    processes.stop(set(lab.records.glob("*.json")) - needed_last)
+    processes.stop(needed_last)
+    if has_node:
         node.clean(lab)
-    for leftover in (
-        lab.pki,
-        lab.folder / "etcd",
-        lab.logs if purge else lab.records,
-        lab.folder if purge else lab.pki,
-    ):
+    for leftover in (lab.folder,) if purge else (lab.pki, lab.records, lab.folder / "etcd"):
         shutil.rmtree(leftover, ignore_errors=True)
     lab.kubeconfig.unlink(missing_ok=True)
 

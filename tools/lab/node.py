@@ -4,6 +4,7 @@ Pods are wired with the `ptp` plugin: each has its own link to the host, which r
 neither a bridge nor br_netfilter is needed, and a pod's end leaves no interface.
 """
 
+import contextlib
 import json
 import os
 import shutil
@@ -96,7 +97,8 @@ def prepare(lab: Lab, facts: Facts) -> None:
     ):
         (lab.node / name).write_text(text)
     for rule in _FIREWALL:
-        _iptables("-I", rule)
+        if not _iptables("iptables", "-I", rule):
+            raise LabError(f"iptables takes no rule in {rule[1]}; does the kernel have netfilter?")
 
 
 def containerd(lab: Lab, facts: Facts) -> Command:
@@ -231,22 +233,30 @@ def remove_pods(lab: Lab) -> bool:
 def clean(lab: Lab) -> None:
     """Remove mounts, folders, addresses, firewall rules and control groups of pods. Images stay."""
     _unmount(lab)
+    if lab.run.exists():  # else the machine was booted since, and what rules there are belong to others
+        _remove_rules()
     for folder in (lab.run, lab.node / "kubelet", lab.node / "cni"):
         shutil.rmtree(folder, ignore_errors=True)
     for leftover in _CNI_RESULTS.glob(f"{_NETWORK}-*"):
         leftover.unlink(missing_ok=True)
-    if shutil.which("iptables"):
-        for rule in _FIREWALL:
-            while _iptables("-D", rule):
-                pass
-        if binaries.path("kube-proxy").exists() and os.geteuid() == 0:
-            subprocess.run([binaries.path("kube-proxy"), "--cleanup"], capture_output=True)
     for hierarchy in {Path("/sys/fs/cgroup"), *Path("/sys/fs/cgroup").iterdir()}:
         for group, _, _ in os.walk(hierarchy / "kubepods", topdown=False):
-            try:
-                os.rmdir(group)  # only an empty one goes
-            except OSError:
-                say(f"the control group {group} is still in use")
+            with contextlib.suppress(OSError):  # only an empty one goes
+                os.rmdir(group)
+
+
+def _remove_rules() -> None:
+    for rule in _FIREWALL:
+        while _iptables("iptables", "-D", rule):
+            pass
+    subprocess.run([binaries.path("kube-proxy"), "--cleanup"], capture_output=True)
+    for command in ("iptables", "ip6tables"):  # kubelet removes none of its own
+        for chain in ("INPUT", "OUTPUT"):
+            _iptables(command, "-D", ("filter", chain, "-j", "KUBE-FIREWALL"))
+        for table in ("mangle", "nat", "filter"):
+            for chain in ("KUBE-FIREWALL", "KUBE-KUBELET-CANARY", "KUBE-IPTABLES-HINT"):
+                for action in ("-F", "-X"):
+                    _iptables(command, action, (table, chain))
 
 
 def _unmount(lab: Lab) -> None:
@@ -300,12 +310,9 @@ _FIREWALL = (
 )
 
 
-def _iptables(action: str, rule: tuple[str, ...]) -> bool:
+def _iptables(command: str, action: str, rule: tuple[str, ...]) -> bool:
     table, chain, *match = rule
-    done = subprocess.run(["iptables", "--wait", "-t", table, action, chain, *match], capture_output=True, text=True)
-    if done.returncode and action == "-I":
-        raise LabError(f"iptables {action} {chain} failed: {done.stderr.strip()}")
-    return done.returncode == 0
+    return subprocess.run([command, "--wait", "-t", table, action, chain, *match], capture_output=True).returncode == 0
 
 
 def _socket(lab: Lab) -> Path:
@@ -353,6 +360,7 @@ disabled_plugins = [
   [plugins."io.containerd.cri.v1.runtime".cni]
     bin_dirs = ["{machine.cni_folder()}"]
     conf_dir = "{lab.node / "cni"}"
+    use_internal_loopback = true
 """
 
 
