@@ -57,7 +57,7 @@ class Reason(StrEnum):
     INVALID_MODEL = "InvalidModel", "The file is no whole ONNX model, or ONNX Runtime refuses it."
     EXTERNAL_DATA_MISSING = "ExternalDataMissing", "A weights file that the model refers to is missing."
     UNSUPPORTED_OPSET = "UnsupportedOpset", "The model needs a newer ONNX Runtime."
-    SCHEMA_CHANGED = "SchemaChanged", "Inputs or outputs differ from those of the version before."
+    SCHEMA_CHANGED = "SchemaChanged", "The model loads, but its inputs or outputs differ from those of the version before."
     # AcceleratorReady
     PROVIDER_UNAVAILABLE = "ProviderUnavailable", "The execution provider is not there and policy is Require."
     FELL_BACK_TO_CPU = "FellBackToCPU", "The session runs on the CPU; policy is Prefer."
@@ -112,7 +112,7 @@ CONDITIONS: dict[ConditionType, ConditionRow] = {
     ),
     ConditionType.MODEL_VERIFIED: ConditionRow(
         "the digest matched and the model loads",
-        (Reason.VERIFIED,),
+        (Reason.VERIFIED, Reason.SCHEMA_CHANGED),
         (
             Reason.DIGEST_MISMATCH,
             Reason.FETCH_FAILED,
@@ -121,7 +121,6 @@ CONDITIONS: dict[ConditionType, ConditionRow] = {
             Reason.INVALID_MODEL,
             Reason.EXTERNAL_DATA_MISSING,
             Reason.UNSUPPORTED_OPSET,
-            Reason.SCHEMA_CHANGED,
         ),
     ),
     ConditionType.ACCELERATOR_READY: ConditionRow(

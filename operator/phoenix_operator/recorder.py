@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Literal
 
-from phoenix_api import ConditionType
+from phoenix_api import ConditionType, Reason
 from phoenix_operator.cluster import ApiError, Cluster
 from phoenix_operator.desired.naming import OPERATOR, digest
 from phoenix_operator.kinds import EVENT, PHOENIX_MODEL
@@ -45,6 +45,8 @@ def happenings(before: Sequence[Object], after: Sequence[Object]) -> list[Happen
         is_ready = row["type"] == ConditionType.READY
         if row["status"] == "False" and not is_ready:
             # one cause often fails several conditions: it is told once
+            found.setdefault(row["reason"], Happening("Warning", row["reason"], row["message"]))
+        elif row["reason"] == Reason.SCHEMA_CHANGED:
             found.setdefault(row["reason"], Happening("Warning", row["reason"], row["message"]))
         elif row["status"] == "True" and (is_ready or (row["type"] == ConditionType.PROGRESSING and was)):
             found.setdefault(row["reason"], Happening("Normal", row["reason"], row["message"]))

@@ -20,7 +20,7 @@ from phoenix_api.status import Endpoints, LoadedModel, ReplicaCounts, TensorDesc
 from phoenix_operator.desired import config
 from phoenix_operator.desired.accelerator import ask
 from phoenix_operator.desired.acceptance import Fault, prefers
-from phoenix_operator.desired.deployment import is_withheld, template_hash
+from phoenix_operator.desired.deployment import is_in_place, is_withheld, template_hash
 from phoenix_operator.desired.naming import GRPC_PORT, HTTP_PORT, selector
 from phoenix_operator.desired.network import path_prefix
 from phoenix_operator.kinds import DEPLOYMENT
@@ -148,6 +148,7 @@ class _View:
         self.new = [pod for pod in alive if pod.template == wanted]
         self.old = [pod for pod in alive if pod.template != wanted]
         self.gone = [pod for pod in observed.pods if pod.is_leaving and pod.template == wanted]
+        self.gone_old = [pod for pod in observed.pods if pod.is_leaving and pod.template != wanted]
         self.ready = [pod for pod in alive if pod.is_ready]
         self.new_ready = [pod for pod in self.new if pod.is_ready]
 
@@ -196,9 +197,15 @@ class _View:
 
     def _model_verified(self) -> Verdict:
         version = self.subject.spec.model.version
+        before = self.before.get(ConditionType.MODEL_VERIFIED, {})
+        was_verified = before.get("status") == "True" and before.get("observedGeneration") == self.subject.generation
         if self.new_ready:
             loaded = self._loaded(self.new_ready)
             digest = f", sha256 {loaded.sha256}" if loaded and loaded.sha256 else ""
+            if was_verified and before["reason"] == Reason.SCHEMA_CHANGED:
+                return _yes(Reason.SCHEMA_CHANGED, before["message"])
+            if difference := self._schema_difference(loaded):
+                return _yes(Reason.SCHEMA_CHANGED, f"version {version} is loaded{digest}; {difference}")
             return _yes(Reason.VERIFIED, f"version {version} is loaded{digest}")
         for pod in self.new:
             if (failure := pod.failure) and failure.is_own and failure.reason in _VERIFIED_REASONS:
@@ -206,9 +213,8 @@ class _View:
         for missing in self.observed.missing:
             if missing.field.startswith("spec.model."):
                 return _no(_REASON_OF[missing.kind], _absent(missing))
-        before = self.before.get(ConditionType.MODEL_VERIFIED, {})
-        if before.get("status") == "True" and before.get("observedGeneration") == self.subject.generation:
-            return _yes(Reason.VERIFIED, before["message"])  # that its pods ended since does not unmake it
+        if was_verified:
+            return _yes(_REASONS[before["reason"]], before["message"])  # that its pods ended since does not unmake it
         return _unknown(f"no pod has loaded version {version} yet")
 
     def _accelerator_ready(self) -> Verdict:
@@ -264,6 +270,8 @@ class _View:
             return _yes(Reason.ROLLED_OUT, f"every pod is of version {version}")
         count = f"{len(self.new_ready)} of {self.subject.spec.replicas} pods of version {version} are ready"
         hint = f"; {why}" if why else ""
+        if not hint and not self.ready and is_in_place(self.subject) and self.old + self.gone_old:
+            hint = "; rollout.strategy InPlace with one replica answers nothing meanwhile"
         return _yes(Reason.ROLLING_OUT, f"{count}{hint}{self._what_serves() if why else ''}")
 
     # --- what they are made of ---------------------------------------------------------------------------------------
@@ -277,6 +285,21 @@ class _View:
 
     def _loaded(self, pods: Iterable[Pod]) -> Loaded | None:
         return next((self.observed.loaded[pod.uid] for pod in pods if pod.uid in self.observed.loaded), None)
+
+    def _schema_difference(self, loaded: Loaded | None) -> str:
+        """Say which tensors differ from those of the version that the status still tells of."""
+        known = self.subject.status.get("model", {})
+        if loaded is None or known.get("version") in (None, loaded.version):
+            return ""
+        changed = [
+            f"{side} were {_signature(before)} and are {_signature(after)}"
+            for side, before, after in (
+                ("inputs", known.get("inputs", []), loaded.inputs),
+                ("outputs", known.get("outputs", []), loaded.outputs),
+            )
+            if before != after
+        ]
+        return f"unlike version {known['version']}: {'; '.join(changed)}; check its callers" if changed else ""
 
     def _unschedulable(self) -> str | None:
         words = next((pod.unschedulable for pod in self.new if pod.unschedulable is not None), None)
@@ -386,6 +409,10 @@ class _View:
         containers = deployment["spec"]["template"]["spec"]["containers"] if deployment else []
         limit = containers[0].get("resources", {}).get("limits", {}).get("memory") if containers else None
         return f" of {limit}" if limit else ""
+
+
+def _signature(tensors: Sequence[Object]) -> str:
+    return ", ".join(f"{row['name']} {row['datatype']} {row['shape']}" for row in tensors) or "none"
 
 
 _REASON_OF = {Reference.SECRET: Reason.SECRET_MISSING, Reference.CONFIG_MAP: Reason.NOT_FOUND}

@@ -103,10 +103,14 @@ def _lacks(words: str | None, asked: Ask) -> bool:
     return f"Insufficient {asked.resource_name}" in words if asked.resource_name else "resourceclaim" in words.lower()
 
 
+def is_in_place(subject: Subject) -> bool:
+    """Whether old pods end before new ones start, because there is no spare accelerator for both."""
+    strategy, has_accelerator = subject.spec.rollout.strategy, subject.spec.runtime.accelerator is not None
+    return strategy is RolloutStrategy.IN_PLACE or (strategy is RolloutStrategy.AUTO and has_accelerator)
+
+
 def _pace(subject: Subject) -> Object:
-    rollout = subject.spec.rollout.strategy
-    has_accelerator = subject.spec.runtime.accelerator is not None
-    if rollout is RolloutStrategy.IN_PLACE or (rollout is RolloutStrategy.AUTO and has_accelerator):
+    if is_in_place(subject):
         return {"maxSurge": 0, "maxUnavailable": 1}
     return {"maxSurge": "25%", "maxUnavailable": 0}
 
