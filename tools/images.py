@@ -10,6 +10,7 @@ image cannot be pulled, one that serves as well is made of Debian packages. Need
 """
 
 import argparse
+import fcntl
 import hashlib
 import json
 import os
@@ -23,7 +24,7 @@ import tempfile
 import time
 import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -31,6 +32,7 @@ DOCKERFILES = {"server": "inference_server/Dockerfile", "operator": "operator/Do
 DEFAULT_BASE = "python:3.13-slim-bookworm"
 LOCAL_BASE = "phoenix-ml/base:bookworm"
 SOURCES_LABEL = "io.phoenix-ml.sources"
+BUILD_LABEL = "io.phoenix-ml.build"
 STATE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "phoenix/docker"
 PID_FILE = STATE / "dockerd.pid"
 CA_BUNDLE = "/etc/ssl/certs/ca-certificates.crt"
@@ -208,6 +210,17 @@ def make_local_base() -> None:
 # --- the images ------------------------------------------------------------------------------------------------------
 
 
+def build_all(names: Sequence[str], base: str | None) -> None:
+    """Build images, one after the other, and print their names. Raises `ImagesError`."""
+    ensure_engine()
+    base = base or choose_base()
+    if base == LOCAL_BASE and labels(LOCAL_BASE) is None:
+        make_local_base()
+    for name in names:
+        build(name, base)
+        print(image_name(name), flush=True)
+
+
 def build(name: str, base: str) -> None:
     """Build one image unless what it would be made of is what it was made of."""
     dockerfile = ROOT / DOCKERFILES[name]
@@ -220,6 +233,8 @@ def build(name: str, base: str) -> None:
     say(f"building {image_name(name)} on {base}")
     started = time.monotonic()
     environment = machine_settings(base)
+    before = {engine("image", "inspect", "--format", "{{.Id}}", image_name(name))} if found is not None else set()
+    stages = build_stages(name)
     command = ["docker", "build", "--network=host", "--file", str(dockerfile), "--tag", image_name(name)]
     command += ["--label", f"{SOURCES_LABEL}={sources}"]
     command += [f"--build-arg={key}={value}" for key, value in arguments.items()]
@@ -238,8 +253,20 @@ def build(name: str, base: str) -> None:
                 say(f"  {time.monotonic() - started:4.0f} s  {step[0][:110]}")
     if process.wait() != 0:
         raise ImagesError(f"{image_name(name)} does not build:\n{tail(log, 30)}\nthe whole log is {log}")
+    # What was replaced; a build stage that was not made anew is the cache of the next build.
+    for image in before | (stages if build_stages(name) - stages else set()):
+        with suppress(subprocess.CalledProcessError):  # still tagged, or in use
+            engine("image", "rm", image)
     size_mb = int(engine("image", "inspect", "--format", "{{.Size}}", image_name(name))) / 1e6
     say(f"built {image_name(name)}: {size_mb:.0f} MB, in {time.monotonic() - started:.0f} s")
+
+
+def build_stages(name: str) -> set[str]:
+    """Return what the legacy builder keeps of an image's build stages; BuildKit has a cache of its own."""
+    return set(
+        engine("image", "ls", "--no-trunc", "--quiet", "--filter=dangling=true", f"--filter=label={BUILD_LABEL}={name}")
+        .split()
+    )  # fmt: skip
 
 
 def digest_of(dockerfile: Path, arguments: Mapping[str, str]) -> str:
@@ -313,6 +340,19 @@ def run(
             raise ImagesError(f"`{' '.join(command)}` ended with {code}:\n{text}")
 
 
+@contextmanager
+def alone() -> Iterator[None]:
+    """Keep other runs of this program waiting: they will find done what they came for."""
+    STATE.mkdir(parents=True, exist_ok=True)
+    with (STATE / "lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            say("waiting for another run of images.py")
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
 def wait_until(condition: Callable[[], bool], deadline_s: float) -> bool:
     end = time.monotonic() + deadline_s
     while not condition():
@@ -335,16 +375,11 @@ def main() -> int:
     if unknown := set(options.what) - {*DOCKERFILES, "down"}:
         parser.error(f"no such image: {', '.join(sorted(unknown))}; known: {', '.join(DOCKERFILES)}")
     try:
-        if "down" in options.what:
-            say("dockerd stopped" if stop_engine() else "no dockerd of ours runs")
-            return 0
-        ensure_engine()
-        base = options.base or choose_base()
-        if base == LOCAL_BASE and labels(LOCAL_BASE) is None:
-            make_local_base()
-        for name in options.what or DOCKERFILES:
-            build(name, base)
-            print(image_name(name))
+        with alone():
+            if "down" in options.what:
+                say("dockerd stopped" if stop_engine() else "no dockerd of ours runs")
+            else:
+                build_all(options.what or list(DOCKERFILES), options.base)
     except (ImagesError, OSError, subprocess.SubprocessError) as error:
         say(f"images.py: {error}")
         return 1
