@@ -242,3 +242,55 @@ def test_a_given_cluster_whose_file_is_missing_is_an_error(lab, monkeypatch):
     monkeypatch.setenv(cluster.GIVEN, "/nowhere/config")
     with pytest.raises(LabError, match="PHOENIX_TEST_KUBECONFIG names /nowhere/config"):
         cluster.up(lab)
+
+
+# Other ways and what is left
+
+
+@pytest.fixture
+def fake_kind(tmp_path, monkeypatch):
+    """`kind` and `docker` as programs that note how they were called; the file with their calls."""
+    calls = tmp_path / "calls"
+    clusters = tmp_path / "clusters"
+    programs = tmp_path / "programs"
+    programs.mkdir()
+    for name in ("kind", "docker"):
+        script = programs / name
+        script.write_text(
+            f'#!/bin/sh\necho "{name} $*" >> {calls}\n'
+            f'case "$*" in "get clusters") cat {clusters};; '
+            f'"create cluster"*) echo phoenix-lab-unit > {clusters};; esac\n'
+        )
+        script.chmod(0o755)
+    monkeypatch.setenv("PATH", str(programs), prepend=":")
+    return calls
+
+
+def test_kind_is_preferred_where_it_works_and_deleted_by_down(lab, fake_kind):
+    assert cluster.up(lab) == lab.kubeconfig
+    assert cluster.up(lab) == lab.kubeconfig
+    cluster.load(lab, ["phoenix-ml/phoenix-server:0.1.0"])
+    with pytest.raises(LabError, match="has no part 'etcd'"):
+        cluster.stop_component(lab, "etcd")
+    cluster.down(lab)
+    kind_calls = [line for line in fake_kind.read_text().splitlines() if line.startswith("kind")]
+    assert kind_calls == [
+        f"kind create cluster --name phoenix-lab-unit --kubeconfig {lab.kubeconfig} --wait 3m",
+        "kind get clusters",
+        "kind load docker-image --name phoenix-lab-unit phoenix-ml/phoenix-server:0.1.0",
+        f"kind delete cluster --name phoenix-lab-unit --kubeconfig {lab.kubeconfig}",
+    ]
+    assert lab.facts() is None
+
+
+def test_host_port_rules_are_those_of_the_labs_network_only():
+    listed = """\
+-N CNI-HOSTPORT-DNAT
+-A PREROUTING -m addrtype --dst-type LOCAL -j CNI-HOSTPORT-DNAT
+-A CNI-HOSTPORT-DNAT -p tcp -m comment --comment "dnat name: \\"phoenix-lab\\" id: \\"1\\"" -j CNI-DN-1
+-A CNI-HOSTPORT-DNAT -p tcp -m comment --comment "dnat name: \\"podman\\" id: \\"2\\"" -j CNI-DN-2
+"""
+    comment = 'dnat name: "phoenix-lab" id: "1"'
+    assert node.host_port_rules(listed) == [
+        ["CNI-HOSTPORT-DNAT", "-p", "tcp", "-m", "comment", "--comment", comment, "-j", "CNI-DN-1"]
+    ]

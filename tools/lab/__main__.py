@@ -42,8 +42,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _run(arguments: argparse.Namespace) -> int:
-    lab = Lab(arguments.name)
+def _run(lab: Lab, arguments: argparse.Namespace) -> int:
     match arguments.command:
         case "up" if arguments.control_plane:
             print(cluster.up_control_plane(lab, controllers=arguments.controllers))
@@ -81,13 +80,14 @@ def _run(arguments: argparse.Namespace) -> int:
 def main() -> int:
     """Run one command, alone for its lab."""
     arguments = _parser().parse_args()
-    # iptables and conntrack are not on everybody's PATH; what runs here reaches nothing through a proxy
+    # iptables and conntrack are not on everybody's PATH
     os.environ["PATH"] += ":/usr/sbin:/sbin"
     try:
+        lab = Lab(arguments.name)
         if arguments.command in ("status", "kubeconfig", "audit-log", "binary"):
-            return _run(arguments)
-        with only_one(arguments.name):
-            return _run(arguments)
+            return _run(lab, arguments)
+        with only_one(lab.name):
+            return _run(lab, arguments)
     except LabError as error:
         print(f"lab: {error}", file=sys.stderr)
         return 1

@@ -80,7 +80,7 @@ def _up(lab: Lab, mode: str, components: Sequence[str]) -> None:
     machine.install_packages(with_node=with_node)
     programs = [program for each in components for program in _PROGRAMS.get(each, (each,))]
     binaries.build(programs if shutil.which("kubectl") else [*programs, "kubectl"])
-    if facts is None:
+    if is_new := facts is None:
         facts = _prepare(lab, mode, components)
     elif added := [each for each in components if each not in facts.components]:
         facts.components += added
@@ -89,7 +89,7 @@ def _up(lab: Lab, mode: str, components: Sequence[str]) -> None:
     if not missing and _all_ready(lab, facts):
         say(f"the lab {lab.name!r} is up")
         return
-    _start_all(lab, facts, missing)
+    _start_all(lab, facts, missing, is_new=is_new)
     say(f"the lab {lab.name!r} is up: Kubernetes {facts.kubernetes}")
 
 
@@ -98,7 +98,8 @@ def _prepare(lab: Lab, mode: str, components: Sequence[str]) -> Facts:
     down(lab)
     if mode == "full" and _answers(node.KUBELET_PORT):
         raise LabError(f"port {node.KUBELET_PORT} is taken: another Kubernetes node runs on this machine")
-    lab.logs.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(lab.logs, ignore_errors=True)  # kept until now to be read; a new cluster counts from nothing
+    lab.logs.mkdir(parents=True)
     facts = Facts(
         mode=mode,
         kubernetes=binaries.KUBERNETES,
@@ -113,15 +114,15 @@ def _prepare(lab: Lab, mode: str, components: Sequence[str]) -> Facts:
     return facts
 
 
-def _start_all(lab: Lab, facts: Facts, missing: Sequence[str]) -> None:
+def _start_all(lab: Lab, facts: Facts, missing: Sequence[str], *, is_new: bool) -> None:
     for each in missing:
         if each in ("controller-manager", "scheduler", "kubelet", "kube-proxy", "coredns"):
             continue
         _start(lab, facts, each)
     if "containerd" in missing:
         wait_ready(lab, facts, "containerd")
-        if "kubelet" in missing and node.remove_pods(lab):
-            processes.stop([_record(lab, "containerd")])  # it keeps what it read of them at its start
+        if is_new and node.remove_pods(lab):  # those of an earlier lab; containerd read of them when it started
+            processes.stop([_record(lab, "containerd")])
             _start(lab, facts, "containerd")
             wait_ready(lab, facts, "containerd")
         node.import_pause_image(lab)

@@ -7,6 +7,7 @@ neither a bridge nor br_netfilter is needed, and a pod's end leaves no interface
 import contextlib
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -249,6 +250,11 @@ def _remove_rules() -> None:
     for rule in _FIREWALL:
         while _iptables("iptables", "-D", rule):
             pass
+    listed = subprocess.run(["iptables", "--wait", "-t", "nat", "-S"], capture_output=True, text=True).stdout
+    for *match, chain in host_port_rules(listed):
+        _iptables("iptables", "-D", ("nat", *match, chain))
+        for action in ("-F", "-X"):
+            _iptables("iptables", action, ("nat", chain))
     subprocess.run([binaries.path("kube-proxy"), "--cleanup"], capture_output=True)
     for command in ("iptables", "ip6tables"):  # kubelet removes none of its own
         for chain in ("INPUT", "OUTPUT"):
@@ -257,6 +263,12 @@ def _remove_rules() -> None:
             for chain in ("KUBE-FIREWALL", "KUBE-KUBELET-CANARY", "KUBE-IPTABLES-HINT"):
                 for action in ("-F", "-X"):
                     _iptables(command, action, (table, chain))
+
+
+def host_port_rules(listed: str) -> list[list[str]]:
+    """Rules for the hostPorts of this lab's pods in the output of `iptables -S`: chain, match, and last the target."""
+    rules = [shlex.split(line) for line in listed.splitlines() if f'\\"{_NETWORK}\\"' in line]
+    return [rule[1:] for rule in rules if rule[:2] == ["-A", "CNI-HOSTPORT-DNAT"]]
 
 
 def _unmount(lab: Lab) -> None:

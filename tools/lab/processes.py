@@ -79,7 +79,10 @@ def is_running(record: Path) -> bool:
 
 
 def start(command: Sequence[str | Path], *, record: Path, log: Path) -> None:
-    """Start a program in a session of its own, its output appended to `log`, and record it."""
+    """Start a program in a session of its own, its output appended to `log`, and record it.
+
+    It gets no proxy settings: a proxy cannot reach the addresses of Services and pods.
+    """
     for folder in (record.parent, log.parent):
         folder.mkdir(parents=True, exist_ok=True)
     with log.open("ab") as out:
@@ -90,6 +93,7 @@ def start(command: Sequence[str | Path], *, record: Path, log: Path) -> None:
             stderr=subprocess.STDOUT,
             start_new_session=True,
             cwd="/",
+            env={name: value for name, value in os.environ.items() if not name.lower().endswith("_proxy")},
         )
     child.returncode = 0  # it is meant to outlive us: no warning when the object goes
     found = Record.of(child.pid)
