@@ -235,7 +235,7 @@ def build(name: str, base: str) -> None:
     environment = machine_settings(base)
     before = {engine("image", "inspect", "--format", "{{.Id}}", image_name(name))} if found is not None else set()
     stages = build_stages(name)
-    command = ["docker", "build", "--network=host", "--file", str(dockerfile), "--tag", image_name(name)]
+    command = ["docker", "build", "--network=host", "--force-rm", "--file", str(dockerfile), "--tag", image_name(name)]
     command += ["--label", f"{SOURCES_LABEL}={sources}"]
     command += [f"--build-arg={key}={value}" for key, value in arguments.items()]
     command += [f"--build-arg={key}" for key in environment]
