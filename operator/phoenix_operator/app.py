@@ -194,13 +194,10 @@ class _Operator:
     def _take(self, kind: Kind, type_: str | None, body: Object) -> None:
         """Put an event's object into the store and its model into the queue."""
         self._metrics.watch_events.labels(str(kind), type_ or "LISTED").inc()
-        if type_ == "DELETED":
-            key = self._store.discard(kind, body)
-            if key is not None and kind is PHOENIX_MODEL:
+        is_gone = type_ == "DELETED"
+        for key in self._store.discard(kind, body) if is_gone else self._store.put(kind, body):
+            if is_gone and kind is PHOENIX_MODEL:
                 self._queue.forget(key)
-        else:
-            key = self._store.put(kind, body)
-        if key is not None:
             self._queue.add(key)
 
     async def _measure(self) -> None:

@@ -25,7 +25,7 @@ class _Record:
         # members of a list come without their kind
         whole = {"apiVersion": kind.api_version, "kind": kind.kind, **body, "metadata": metadata}
         self.text = json.dumps(whole, separators=(",", ":")).encode()
-        self.version = int(metadata.get("resourceVersion") or 0)
+        self.version = _version(body)
         self.uid = metadata["uid"]
         self.key = key
 
@@ -37,31 +37,34 @@ class Store:
         self._objects: dict[Kind, dict[_Id, _Record]] = defaultdict(dict)
         self._by_model: dict[Key, set[tuple[Kind, _Id]]] = defaultdict(set)
 
-    def put(self, kind: Kind, body: Object) -> Key | None:
-        """Take in an object unless a newer one is known; return the model it belongs to, None if it is stale."""
-        place, key = _id(body), model_of(kind, body)
-        if key is None:
-            return None
-        known = self._objects[kind].get(place)
-        record = _Record(kind, body, key)
-        # resource versions of one kind are ordered (KEP 5504); another uid is another object, made later
-        if known is not None and known.uid == record.uid and known.version >= record.version:
-            return None
-        if known is not None and known.key != key:
-            self._by_model[known.key].discard((kind, place))
-        self._objects[kind][place] = record
-        self._by_model[key].add((kind, place))
-        return key
+    def put(self, kind: Kind, body: Object) -> set[Key]:
+        """Take in an object unless as new a one is known; return the models it concerns, none if it is stale.
 
-    def discard(self, kind: Kind, body: Object) -> Key | None:
-        """Forget an object that is gone; return the model it belonged to."""
+        An object whose label was changed or taken away concerns the model that it belonged to as well.
+        """
+        place, key = _id(body), model_of(kind, body)
+        known = self._objects[kind].get(place)
+        # resource versions of one kind are ordered (KEP 5504), those of a predecessor of the same name too
+        if known is not None and known.version >= _version(body):
+            return set()
+        concerned = {key for key in (known and known.key, key) if key is not None}
+        if known is not None:
+            self._drop(kind, place)
+        if key is not None:
+            self._objects[kind][place] = _Record(kind, body, key)
+            self._by_model[key].add((kind, place))
+        return concerned
+
+    def discard(self, kind: Kind, body: Object) -> set[Key]:
+        """Forget an object that is gone; return the model it belonged to, none if its successor is known already."""
         place = _id(body)
         known = self._objects[kind].get(place)
         if known is None:
-            return model_of(kind, body)
+            key = model_of(kind, body)
+            return {key} if key is not None else set()
         if known.uid != body["metadata"]["uid"]:
-            return None  # the deletion of a predecessor
-        return self._drop(kind, place)
+            return set()
+        return {self._drop(kind, place)}
 
     def _drop(self, kind: Kind, place: _Id) -> Key:
         record = self._objects[kind].pop(place)
@@ -92,7 +95,7 @@ class Store:
 
         `listed_at` is the list's resourceVersion: what the store knows of later moments is kept.
         """
-        missed = {key for body in bodies if (key := self.put(kind, body)) is not None}
+        missed = {key for body in bodies for key in self.put(kind, body)}
         listed = {_id(body) for body in bodies}
         for place, record in list(self._objects[kind].items()):
             if place not in listed and record.version <= listed_at:
@@ -115,3 +118,7 @@ def model_of(kind: Kind, body: Object) -> Key | None:
 
 def _id(body: Object) -> _Id:
     return body["metadata"]["namespace"], body["metadata"]["name"]
+
+
+def _version(body: Object) -> int:
+    return int(body["metadata"].get("resourceVersion") or 0)

@@ -1,6 +1,7 @@
 """The queue of keys, under virtual time."""
 
 import asyncio
+import itertools
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 
@@ -117,7 +118,7 @@ def test_failing_key_comes_back_after_delays_that_double_up_to_the_cap() -> None
         await asyncio.sleep(3600)
         assert waiting.retries() == 0
         times = handler.times("a")
-        return [after - before for before, after in zip(times, times[1:], strict=False)]
+        return [after - before for before, after in itertools.pairwise(times)]
 
     assert virtual_time.run(main()) == [1, 2, 4, 8, 16, 32, 64, 128, 256, 300, 300, 300]
 
