@@ -47,12 +47,13 @@ class Store:
         # resource versions of one kind are ordered (KEP 5504), those of a predecessor of the same name too
         if known is not None and known.version >= _version(body):
             return set()
-        concerned = {key for key in (known and known.key, key) if key is not None}
+        concerned = set()
         if known is not None:
-            self._drop(kind, place)
+            concerned.add(self._drop(kind, place))
         if key is not None:
             self._objects[kind][place] = _Record(kind, body, key)
             self._by_model[key].add((kind, place))
+            concerned.add(key)
         return concerned
 
     def discard(self, kind: Kind, body: Object) -> set[Key]:
