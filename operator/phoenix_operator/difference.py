@@ -8,8 +8,20 @@ writing things down (defaults, empty values left out, quantities in their shorte
 from phoenix_api import Quantity
 from phoenix_operator.observed import HASH, Object
 
-# Fields of a list's members that identify them, as in the API's own list-map keys; other lists are compared in order.
-_MERGE_KEYS = ("name", "containerPort", "mountPath", "uid")
+# Lists that the API keeps as maps, by field, with what identifies a member: others may add members of their own. Every
+# other list belongs to one owner as a whole, and is compared in order.
+_MAP_KEYS = {
+    "ownerReferences": ("uid",),
+    "containers": ("name",),
+    "env": ("name",),
+    "ports": ("name",),  # of containers and Services; those of a NetworkPolicy have no name and are one owner's
+    "volumes": ("name",),
+    "volumeMounts": ("mountPath",),
+    "imagePullSecrets": ("name",),
+    "resourceClaims": ("name",),
+    "claims": ("name",),
+    "topologySpreadConstraints": ("topologyKey", "whenUnsatisfiable"),
+}
 _QUANTITY_FIELDS = {"requests", "limits", "sizeLimit", "divisor"}
 
 
@@ -17,33 +29,39 @@ def is_as_wanted(wanted: Object, live: Object) -> bool:
     """Return whether applying `wanted` would change nothing in `live`."""
     annotations = live["metadata"].get("annotations") or {}
     is_same_wish = annotations.get(HASH) == wanted["metadata"]["annotations"][HASH]
-    return is_same_wish and _holds(wanted, live, is_quantity=False)
+    return is_same_wish and _holds(wanted, live)
 
 
-def _holds(wanted: object, live: object, *, is_quantity: bool) -> bool:
+def _holds(wanted: object, live: object, *, field: str = "", is_quantity: bool = False) -> bool:
     if wanted in (None, "", [], {}):
         return live in (None, "", [], {})
     if isinstance(wanted, dict):
         return isinstance(live, dict) and all(
-            _holds(value, live.get(key), is_quantity=is_quantity or key in _QUANTITY_FIELDS)
+            _holds(value, live.get(key), field=key, is_quantity=is_quantity or key in _QUANTITY_FIELDS)
             for key, value in wanted.items()
         )
     if isinstance(wanted, list):
-        return isinstance(live, list) and _list_holds(wanted, live, is_quantity=is_quantity)
+        return isinstance(live, list) and _list_holds(wanted, live, field)
     return wanted == live or (is_quantity and _amount(wanted) == _amount(live) is not None)
 
 
-def _list_holds(wanted: list[object], live: list[object], *, is_quantity: bool) -> bool:
-    key = next((key for key in _MERGE_KEYS if all(isinstance(row, dict) and key in row for row in wanted)), None)
-    if key is None:
-        pairs = list(zip(wanted, live, strict=False))
-        return len(wanted) == len(live) and all(_holds(mine, theirs, is_quantity=is_quantity) for mine, theirs in pairs)
-    by_key = {row[key]: row for row in live if isinstance(row, dict) and key in row}
-    return all(
-        _holds(row, by_key.get(row[key]), is_quantity=is_quantity)
-        for row in wanted
-        if isinstance(row, dict)  # all are, or there was no key
-    )
+def _list_holds(wanted: list[object], live: list[object], field: str) -> bool:
+    mine, theirs = _by_key(wanted, field), _by_key(live, field)
+    if mine is None or theirs is None:
+        return len(wanted) == len(live) and all(_holds(*pair) for pair in zip(wanted, live, strict=True))
+    return all(_holds(row, theirs.get(key)) for key, row in mine.items())
+
+
+def _by_key(rows: list[object], field: str) -> dict[tuple[object, ...], object] | None:
+    """Return the members of a list that is a map; None if it is none."""
+    names = _MAP_KEYS.get(field)
+    if names is None:
+        return None
+    found: dict[tuple[object, ...], object] = {
+        tuple(row.get(name) for name in names): row for row in rows if isinstance(row, dict)
+    }
+    is_map = len(found) == len(rows) and not any(None in key for key in found)
+    return found if is_map else None
 
 
 def _amount(value: object) -> object:
