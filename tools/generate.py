@@ -7,7 +7,7 @@ import argparse
 import difflib
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -52,6 +52,38 @@ def _reasons() -> str:
     )
 
 
+def _condition_reasons() -> str:
+    from phoenix_api import CONDITIONS, Reason
+
+    def linked(reasons: Iterable[Reason]) -> str:
+        return ", ".join(f"[{reason}]({reason}.md)" for reason in reasons)
+
+    rows = [
+        f"| `{name}`{' (only if asked)' if row.is_optional else ''} | {row.true_means} | {linked(row.when_true)} | "
+        f"{linked(row.otherwise) or 'the first that fails, in this order, with its message'} |\n"
+        for name, row in CONDITIONS.items()
+    ]
+    meanings = [f"| [{reason}]({reason}.md) | {reason.meaning} |\n" for reason in Reason]
+    return (
+        _HEADER + "# Conditions and reasons\n\n"
+        "The status of a PhoenixModel has one condition of each type. Each speaks of the wanted generation of the\n"
+        "spec, and has a reason for programs and a message for people. The pages take a model `fraud` in the\n"
+        "namespace `ml`: put in yours, and for `POD` the name of a pod.\n\n"
+        "```sh\n"
+        "kubectl get phx fraud -n ml\n"
+        "kubectl describe phx fraud -n ml\n"
+        "kubectl get phx fraud -n ml -o jsonpath='{range .status.conditions[*]}{.type}={.status} {.reason}: {.message}"
+        '{"\\n"}{end}\'\n'
+        "```\n\n"
+        "The column STATUS is the reason of `Ready`, which is that of the first condition that is not `True`, in the\n"
+        "order of the table; one that is `Unknown` comes after those that are `False`. Why `phoenix-server` ends,\n"
+        "with exit codes, is on [another page](../reference/reasons.md).\n\n"
+        "| condition | True means | reasons when True | reasons when not |\n|---|---|---|---|\n" + "".join(rows) + "\n"
+        "`Unknown` may stand under any of them. Every reason in one line:\n\n"
+        "| reason | meaning |\n|---|---|\n" + "".join(meanings)
+    )
+
+
 def _metrics() -> str:
     from phoenix_server.metrics import Metrics
 
@@ -87,6 +119,7 @@ FILES: dict[str, Callable[[], str]] = {
     "docs/reference/reasons.md": _reasons,
     "docs/reference/metrics.md": _metrics,
     "docs/reference/openapi.json": _openapi,
+    "docs/reasons/README.md": _condition_reasons,
 }
 # Generators that keep several files, some binary, and know themselves how to check them.
 SCRIPTS = (("tools/generate_proto.py",), ("examples/build.py",))
