@@ -37,10 +37,17 @@ def subject_of(manifest: Manifest) -> Subject:
 
 
 class _Dumper(yaml.SafeDumper):
-    """Writes repeated values out: kubectl reads aliases, people do not like to."""
+    """Writes repeated values out and text of several lines as a block: machines read the others, people do not."""
 
     def ignore_aliases(self, data: object) -> bool:
         return True
+
+
+def _text(dumper: _Dumper, text: str) -> yaml.ScalarNode:
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style="|" if "\n" in text else None)
+
+
+_Dumper.add_representer(str, _text)
 
 
 def as_yaml(objects: Sequence[Object]) -> str:
