@@ -77,6 +77,10 @@ format: $(DEV) ## Format the code
 generate: $(DEV) ## Write every generated file again
 	$(BIN)/python tools/generate.py
 
+.PHONY: golden
+golden: $(DEV) ## Write what models become again, for the tests to hold
+	$(BIN)/python tests/operator/scenarios.py
+
 .PHONY: generate-check
 generate-check: $(DEV) ## Fail if a generated file is not current
 	$(BIN)/python tools/generate.py --check
