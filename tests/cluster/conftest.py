@@ -4,12 +4,14 @@ One cluster serves all tests (`tools/cluster.py` brings it up, and leaves it up:
 test has a namespace of its own in which Pod Security `restricted` is enforced. Tests speak kubectl, as users do.
 """
 
+import fcntl
 import itertools
 import os
 import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,7 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "tools"))
 
 import cluster as tools  # noqa: E402
+from lab import state  # noqa: E402
 from phoenix_cluster import Phoenix  # noqa: E402
 
 SETTINGS = {
@@ -49,20 +52,39 @@ def _why_not() -> str | None:
     return None
 
 
+@contextmanager
+def _alone(config: pytest.Config) -> Iterator[None]:
+    """Keep other sessions away: tests stop the operator, restart the API server and change what the node has."""
+    state.HOME.mkdir(parents=True, exist_ok=True)
+    with (state.HOME / "tests.lock").open("a+") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            with config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
+                print(f"\nwaiting for the session of cluster tests that runs as {lock.read()}", file=sys.stderr)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        lock.truncate(0)
+        lock.write(f"process {os.getpid()}")
+        lock.flush()
+        yield
+
+
 @pytest.fixture(scope="session")
-def phoenix() -> Phoenix:
-    """The cluster with the operator, set up for tests."""
+def phoenix(pytestconfig: pytest.Config) -> Iterator[Phoenix]:
+    """The cluster with the operator, set up for tests, for this session alone."""
     if reason := _why_not():
         if "cluster" in os.environ.get("PHOENIX_REQUIRE", "").split(","):
             pytest.fail(reason)
         pytest.skip(reason)
-    try:
-        kubectl = tools.up()
-    except subprocess.CalledProcessError as error:
-        pytest.fail(f"no cluster: {error}\n{error.stderr or ''}")
-    found = Phoenix(kubectl, tools.images()[0])
-    found.set_settings(SETTINGS)
-    return found
+    with _alone(pytestconfig):
+        try:
+            kubectl = tools.up()
+        except subprocess.CalledProcessError as error:
+            pytest.fail(f"no cluster: {error}\n{error.stderr or ''}")
+        found = Phoenix(kubectl, tools.images()[0])
+        found.set_settings(SETTINGS)
+        yield found
 
 
 _numbers = itertools.count(1)
