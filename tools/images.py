@@ -82,9 +82,10 @@ def ensure_engine() -> None:
         run(["systemctl", "start", "docker"])
         if wait_until(engine_answers, ENGINE_DEADLINE_S):
             return
-    # Own addresses for containers need iptables, which a kernel may lack; building does not.
-    if not start_engine() and not start_engine("--iptables=false"):
-        raise ImagesError(f"dockerd does not come up; see {STATE}/dockerd.log")
+    if not start_engine():
+        say("trying without iptables: images build, but containers reach nothing outside and publish no ports")
+        if not start_engine("--iptables=false"):
+            raise ImagesError(f"dockerd does not come up; see {STATE}/dockerd.log")
     if engine("info", "--format", "{{.Driver}}") == "vfs" and not shutil.which("fuse-overlayfs") and is_debian:
         say("overlay2 does not work here and vfs copies every layer whole: using fuse-overlayfs")
         stop_engine()
