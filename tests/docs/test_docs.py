@@ -17,7 +17,11 @@ from phoenix_process import Running
 
 ROOT = Path(__file__).parents[2]
 READMES = [ROOT / "README.md", *sorted((ROOT / "examples").glob("*/README.md"))]
-PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("examples/**/*.md"), *ROOT.glob("benchmarks/*.md")]
+PAGES = [
+    page
+    for pattern in ("*.md", "docs/**/*.md", "examples/**/*.md", "benchmarks/*.md", "tools/**/*.md")
+    for page in sorted(ROOT.glob(pattern))
+]
 # What the fixture does in their place.
 SET_UP = re.compile(r"(\.venv/bin/)?phoenix-server serve|pip install|export ")
 BLOCK = re.compile(r"```(\w+)\n(.*?)```", re.DOTALL)
@@ -101,11 +105,23 @@ def test_pages_have_commands_to_run() -> None:
     assert {page for page, *_ in COMMANDS} == set(READMES)
 
 
+def anchors(page: Path) -> set[str]:
+    """Return the anchors of a page's headings, as GitHub makes them."""
+    text = re.sub(r"^( *)```.*?^ *```", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+    headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
 @pytest.mark.parametrize("page", PAGES, ids=[str(page.relative_to(ROOT)) for page in PAGES])
 def test_links_lead_somewhere(page: Path) -> None:
-    for target in re.findall(r"\]\(([^)#\s]+)\)", page.read_text()):
-        if not re.match(r"[a-z]+:", target):
-            assert (page.parent / target).exists(), f"{page}: {target}"
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        if re.match(r"[a-z]+:", target):
+            continue
+        file, _, anchor = target.partition("#")
+        place = page.parent / file if file else page
+        assert place.exists(), f"{page}: {target}"
+        if anchor:
+            assert anchor in anchors(place), f"{page}: {target}"
 
 
 def test_make_prints_every_target() -> None:
