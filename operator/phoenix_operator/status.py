@@ -349,7 +349,10 @@ class _View:
     def _missing_configuration(self, pods: Sequence[Pod]) -> Verdict | None:
         for pod in pods:
             if pod.waiting and pod.waiting[0] in _CONFIG_FAILURES:
-                return _no(Reason.CONFIGURATION_MISSING, f"pod {pod.name}: {pod.waiting[1]}")
+                state, words = pod.waiting
+                advice = "; spec.pod.env refers to it: create it, and the pod starts by itself"
+                is_advised = state == "CreateContainerConfigError"
+                return _no(Reason.CONFIGURATION_MISSING, f"pod {pod.name}: {words}{advice if is_advised else ''}")
         return None
 
     def _pull_failure(self, pods: Sequence[Pod]) -> Verdict | None:
@@ -377,7 +380,8 @@ class _View:
                 "and limits.memory, or lower batching.maxRows",
             )
         if failure.is_own and failure.reason in _AVAILABLE_REASONS:
-            return _no(_REASONS[failure.reason], f"pod {pod.name}: {failure.message}")
+            advice = "; correct it in spec.pod.env" if failure.reason == Reason.INVALID_SETTING else ""
+            return _no(_REASONS[failure.reason], f"pod {pod.name}: {failure.message}{advice}")
         if failure.is_own:
             return _no(Reason.CRASH_LOOP, f"{failure.reason}: {failure.message} (pod {pod.name}, {_times(pod)})")
         code = "" if failure.exit_code is None else f" with exit code {failure.exit_code}"
