@@ -16,7 +16,9 @@ import yaml
 
 Object = dict[str, Any]
 OPERATOR = "system:serviceaccount:phoenix-system:phoenix-operator"
+TRUTH_S = 15.0  # the longest time in which a fault that the cluster knows of shows in the conditions
 _POLL_S = 0.1
+_STARTING = ("ContainerCreating", "PodInitializing")
 
 
 def model(name: str = "iris", **spec: Any) -> Object:
@@ -116,6 +118,47 @@ class Phoenix:
     def wait_ready(self, namespace: str, name: str = "iris", *, deadline_s: float = 90) -> Object:
         """Wait until the newest generation is Ready."""
         return self.wait_condition(namespace, name, "Ready", "True", deadline_s=deadline_s)
+
+    def wait_fault(
+        self, namespace: str, name: str, kind: str, reason: str, *words: str, is_known: bool = False
+    ) -> Object:
+        """Wait until the cluster knows of a fault, then `TRUTH_S` at most for the conditions that tell of it.
+
+        `kind` and `Ready` must be False for this reason, and the message must have these words. `is_known`: there is
+        nothing to wait for, because the API server was told all of it. Returns the condition.
+        """
+        started = time.monotonic()
+        if not is_known:
+            self.wait_for("trouble", lambda: self.trouble(namespace, name))
+        known = time.monotonic()
+        row = self.wait_condition(namespace, name, kind, "False", reason, deadline_s=TRUTH_S)
+        self.wait_condition(namespace, name, "Ready", "False", reason, deadline_s=1)
+        print(f"{kind} {reason} {time.monotonic() - known:.1f} s after it was known, {known - started:.1f} s after it "
+              f"was asked for: {row['message']}")  # fmt: skip
+        missing = [word for word in words if word not in row["message"]]
+        assert not missing, f"{missing} not in {row['message']!r}"
+        return row
+
+    def trouble(self, namespace: str, name: str) -> list[str]:
+        """Return what Kubernetes itself has to complain of about a model's pods."""
+        found = []
+        for pod in self.pods(namespace, name):
+            status = pod.get("status", {})
+            for row in status.get("containerStatuses", []):
+                waiting = row["state"].get("waiting", {}).get("reason")
+                found += [waiting] if waiting and waiting not in _STARTING else []
+                found += [state["terminated"]["reason"] for state in (row["state"], row["lastState"])
+                          if "terminated" in state]  # fmt: skip
+            found += [row["reason"] for row in status.get("conditions", [])
+                      if row["type"] == "PodScheduled" and row["status"] == "False"]  # fmt: skip
+        deployment = self.get(namespace, f"deployment/{name}") or {}
+        rows = deployment.get("status", {}).get("conditions", [])
+        return found + [row["message"] for row in rows if row["type"] == "ReplicaFailure" and row["status"] == "True"]
+
+    def pods(self, namespace: str, name: str = "iris") -> list[Object]:
+        """Return the pods of a model that are not going away."""
+        pods = self.all(namespace, "pods", "-l", f"phoenix-ml.io/model={name}")
+        return [pod for pod in pods if "deletionTimestamp" not in pod["metadata"]]
 
     # --- requests ----------------------------------------------------------------------------------------------------
 
