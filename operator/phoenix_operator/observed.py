@@ -15,6 +15,7 @@ from phoenix_api import PhoenixModel, PhoenixModelSpec
 from phoenix_operator.kinds import CONFIG_MAP, DEPLOYMENT, Kind
 
 Object = dict[str, Any]
+CONTAINER = "server"  # the container of ours in a pod; a mesh may put others beside it
 REVISION = "phoenix-ml.io/revision"  # hash of the manifest that a pod serves; its key in the ConfigMap
 TEMPLATE = "phoenix-ml.io/template"  # hash of the whole pod template
 HASH = "phoenix-ml.io/hash"  # hash of a whole object as the operator wants it
@@ -200,7 +201,7 @@ class Pod:
 
     @property
     def _container(self) -> Object:
-        return next(iter(self._status.get("containerStatuses", [])), {})
+        return next((row for row in self._status.get("containerStatuses", []) if row["name"] == CONTAINER), {})
 
     def _condition(self, kind: str) -> Object:
         return next((row for row in self._status.get("conditions", []) if row["type"] == kind), {})

@@ -23,7 +23,7 @@ from phoenix_operator.desired.naming import (
 )
 from phoenix_operator.desired.source import CREDENTIALS, STATE, source
 from phoenix_operator.kinds import DEPLOYMENT
-from phoenix_operator.observed import REVISION, TEMPLATE, WITHHELD, Object, Observed, Subject
+from phoenix_operator.observed import CONTAINER, REVISION, TEMPLATE, WITHHELD, Object, Observed, Subject
 from phoenix_operator.settings import Settings
 
 USER = 10001  # of the server image
@@ -178,7 +178,7 @@ def _container(subject: Subject, asked: Ask | None, settings: Settings) -> Objec
     spec = subject.spec
     usual = settings.server_gpu_image if spec.runtime.accelerator else settings.server_image
     return {
-        "name": "server",
+        "name": CONTAINER,
         "image": spec.runtime.image or usual,
         "imagePullPolicy": settings.image_pull_policy,
         "args": ["serve", config.MOUNT],
@@ -232,7 +232,7 @@ def _environment(subject: Subject) -> list[Object]:
     if spec.model.credentials is not None:
         values["PHOENIX_MODEL_CREDENTIALS_DIR"] = CREDENTIALS
     rows: dict[str, Object] = {name: {"name": name, "value": value} for name, value in values.items()}
-    cpu = {"containerName": "server", "resource": "requests.cpu", "divisor": "1"}
+    cpu = {"containerName": CONTAINER, "resource": "requests.cpu", "divisor": "1"}
     rows["PHOENIX_CPUS"] = {"name": "PHOENIX_CPUS", "valueFrom": {"resourceFieldRef": cpu}}
     rows |= {row.name: row.model_dump(mode="json", by_alias=True, exclude_none=True) for row in spec.pod.env}
     return list(rows.values())
