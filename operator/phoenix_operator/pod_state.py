@@ -5,12 +5,14 @@ answer is asked again at the next reconcile; until then the status says less, ne
 """
 
 import asyncio
+import json
 import logging
 from collections import OrderedDict
 from collections.abc import Sequence
 
 import aiohttp
 
+from phoenix_api.status import LoadedModel
 from phoenix_operator.desired.naming import HTTP_PORT
 from phoenix_operator.metrics import Metrics
 from phoenix_operator.observed import Loaded, Pod
@@ -18,6 +20,7 @@ from phoenix_operator.observed import Loaded, Pod
 _log = logging.getLogger(__name__)
 _MOST_REMEMBERED = 20_000
 _MOST_BYTES = 1 << 20
+_MOST_TENSORS = 256  # a status holds no more of each side
 
 
 class PodStates:
@@ -48,9 +51,7 @@ class PodStates:
         try:
             async with self._session.get(f"http://{host}:{HTTP_PORT}/v2/models/{model}/state") as response:
                 response.raise_for_status()
-                if (response.content_length or 0) > _MOST_BYTES:
-                    raise ValueError(f"an answer of {response.content_length} bytes")
-                answer = _read(await response.json())
+                answer = _read(json.loads(await _body(response)))
         except (aiohttp.ClientError, TimeoutError, OSError, ValueError, KeyError, TypeError) as error:
             self._metrics.state_failures.inc()
             _log.warning("a ready pod did not say what it loaded", extra={"pod": pod.name, "cause": repr(error)})
@@ -61,14 +62,26 @@ class PodStates:
         return answer
 
 
-def _read(answer: dict[str, object]) -> Loaded:
-    return Loaded(
-        sha256=_text(answer.get("sha256")),
-        version=_text(answer.get("version")),
-        provider=_text(answer.get("provider")),
-        inputs=_tensors(answer["inputs"]),
-        outputs=_tensors(answer["outputs"]),
+async def _body(response: aiohttp.ClientResponse) -> bytes:
+    """Read the body, but no more than a pod may say: its image is the user's."""
+    body = bytearray()
+    async for chunk in response.content.iter_any():
+        body += chunk
+        if len(body) > _MOST_BYTES:
+            raise ValueError(f"an answer of more than {_MOST_BYTES} bytes")
+    return bytes(body)
+
+
+def _read(answer: object) -> Loaded:
+    """Take what the status can hold. Raises `ValueError`, `KeyError` or `TypeError`."""
+    if not isinstance(answer, dict):
+        raise TypeError("expected an object")
+    told = LoadedModel.model_validate(
+        {name: _text(answer.get(name)) for name in ("sha256", "version", "provider")}
+        | {side: _tensors(answer[side]) for side in ("inputs", "outputs")}
     )
+    inputs, outputs = ([row.model_dump() for row in rows] for rows in (told.inputs, told.outputs))
+    return Loaded(told.sha256, told.version, told.provider, inputs, outputs)
 
 
 def _text(value: object) -> str | None:
@@ -78,4 +91,4 @@ def _text(value: object) -> str | None:
 def _tensors(rows: object) -> list[dict[str, object]]:
     if not isinstance(rows, list):
         raise TypeError("expected a list of tensors")
-    return [{"name": row["name"], "datatype": row["datatype"], "shape": row["shape"]} for row in rows]
+    return [{name: row[name] for name in ("name", "datatype", "shape")} for row in rows[:_MOST_TENSORS]]
