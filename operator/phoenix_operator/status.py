@@ -111,7 +111,7 @@ def _condition(kind: ConditionType, verdict: Verdict, subject: Subject, before: 
         observed_generation=subject.generation,
         last_transition_time=_since(before, verdict, now),
         reason=verdict.reason,
-        message=_shortened(verdict.message),
+        message=_shortened(verdict.message or verdict.reason.meaning),
     )
 
 
