@@ -3,5 +3,8 @@
 import sys
 from pathlib import Path
 
+import pytest
+
+pytest.register_assert_rewrite("status_cases")
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parent / "phoenix_api")]
