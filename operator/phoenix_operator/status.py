@@ -29,6 +29,7 @@ from phoenix_operator.settings import Settings
 
 _REASONS = {str(reason): reason for reason in Reason}
 _CPU = "CPUExecutionProvider"
+_ABOUT_QUOTA = "raise the quota, or ask for less"
 _MESSAGE_LIMIT = 2000
 _PULL_FAILURES = {"ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull", "RegistryUnavailable"}
 _CONFIG_FAILURES = {"CreateContainerConfigError", "CreateContainerError"}
@@ -398,15 +399,19 @@ class _View:
     def _not_even_made(self) -> Verdict | None:
         for refusal in self.observed.refusals:
             if refusal.is_quota:
-                return _no(Reason.QUOTA_EXCEEDED, f"{refusal.kind} {refusal.name}: {refusal.message}")
+                return _no(Reason.QUOTA_EXCEEDED, f"{refusal.kind} {refusal.name}: {refusal.message}; {_ABOUT_QUOTA}")
         deployment = self.observed.deployment
         failure = _deployment_condition(deployment, "ReplicaFailure") if deployment else {}
         if failure.get("status") != "True":
             return None
         message = failure.get("message", "")
         if "exceeded quota" in message:
-            return _no(Reason.QUOTA_EXCEEDED, f"{message}; raise the quota, or ask for less")
-        return _no(Reason.PODS_REFUSED, message)
+            return _no(Reason.QUOTA_EXCEEDED, f"{message}; {_ABOUT_QUOTA}")
+        return _no(
+            Reason.PODS_REFUSED,
+            f"{message}; a rule of the namespace forbids these pods (LimitRange, Pod Security, a webhook): "
+            "change the rule or the spec",
+        )
 
     def _memory_limit(self) -> str:
         deployment = self.observed.deployment
