@@ -27,6 +27,8 @@ _MOST_TRIES = 5
 _APPLY = "application/apply-patch+yaml"
 _ONLY_METADATA = "application/json;as=PartialObjectMetadata;g=meta.k8s.io;v=v1"
 _ONLY_METADATA_LIST = "application/json;as=PartialObjectMetadataList;g=meta.k8s.io;v=v1"
+# What the API server calls an internal error of its own, though the object or an admission webhook is at fault.
+_NOT_INTERNAL = ("failed to create typed patch object", "failed calling webhook")
 
 # Told of each request: verb, HTTP code (0: no answer), seconds.
 Observer = Callable[[str, int, float], None]
@@ -43,8 +45,9 @@ class ApiError(Exception):
 
     @property
     def is_refusal(self) -> bool:
-        """Whether the object, not the moment, is at fault: trying the same again is of little use."""
-        return self.code in (400, 403, 405, 406, 413, 415, 422)
+        """Whether the object, not the moment, is at fault: trying the same again at once is of little use."""
+        is_called_internal = self.code == 500 and any(words in self.message for words in _NOT_INTERNAL)
+        return is_called_internal or self.code in (400, 403, 405, 406, 413, 415, 422)
 
     @property
     def is_quota(self) -> bool:
