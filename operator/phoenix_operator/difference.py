@@ -22,6 +22,8 @@ _MAP_KEYS = {
     "claims": ("name",),
     "topologySpreadConstraints": ("topologyKey", "whenUnsatisfiable"),
 }
+# Objects that the API keeps whole: a label that somebody adds to a selector makes it select nothing.
+_WHOLE = {"selector", "podSelector", "namespaceSelector", "labelSelector", "nodeSelector"}
 _QUANTITY_FIELDS = {"requests", "limits", "sizeLimit", "divisor"}
 
 
@@ -35,6 +37,8 @@ def is_as_wanted(wanted: Object, live: Object) -> bool:
 def _holds(wanted: object, live: object, *, field: str = "", is_quantity: bool = False) -> bool:
     if wanted in (None, "", [], {}):
         return live in (None, "", [], {})
+    if field in _WHOLE:
+        return wanted == live
     if isinstance(wanted, dict):
         return isinstance(live, dict) and all(
             _holds(value, live.get(key), field=key, is_quantity=is_quantity or key in _QUANTITY_FIELDS)

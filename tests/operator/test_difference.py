@@ -148,6 +148,16 @@ def test_member_that_others_add_to_a_list_of_one_owner_is_a_difference(field: st
     assert not is_as_wanted(wanted, wish({"spec": {field: [foreign, mine]}}))
 
 
+@pytest.mark.parametrize("field", ["selector", "podSelector", "namespaceSelector", "labelSelector", "nodeSelector"])
+def test_label_that_others_add_to_a_selector_is_a_difference(field: str) -> None:
+    for mine in ({"a": "b"}, {"matchLabels": {"a": "b"}}):
+        theirs = {key: value | {"c": "d"} if isinstance(value, dict) else value for key, value in mine.items()}
+        wanted = wish({"spec": {field: mine}})
+        assert is_as_wanted(wanted, wish({"spec": {field: mine}}))
+        assert not is_as_wanted(wanted, wish({"spec": {field: mine | {"c": "d"}}}))
+        assert theirs == mine or not is_as_wanted(wanted, wish({"spec": {field: theirs}}))
+
+
 def test_members_without_what_identifies_them_are_compared_in_order() -> None:
     wanted = wish({"spec": {"env": [{"value": "1"}, {"value": "2"}]}})
     assert is_as_wanted(wanted, wish({"spec": {"env": [{"value": "1"}, {"value": "2"}]}}))
@@ -162,7 +172,7 @@ def test_value_of_another_type_is_a_difference(live: Any) -> None:
 
 def enriched(draw: st.DrawFn, node: Any, field: str = "") -> Any:
     """Add fields of other owners wherever the API allows them; an empty object is itself a wish (select everything)."""
-    if isinstance(node, dict) and node:
+    if isinstance(node, dict) and node and not field.lower().endswith("selector"):
         extra = draw(st.dictionaries(st.sampled_from(["zzA", "zzB"]), st.sampled_from([1, "x", [1], {"y": 2}])))
         return {**{key: enriched(draw, value, key) for key, value in node.items()}, **extra}
     if isinstance(node, list):
