@@ -86,7 +86,7 @@ class Case:
 CASES: list[Case] = []
 LOADING: dict[str, Row] = {
     "Accepted": ("True", "SpecUnderstood", "every field is valid"),
-    "ModelVerified": ("Unknown", "Unknown", "no pod has loaded version 1 yet"),
+    "ModelVerified": ("Unknown", "Loading", "no pod has loaded version 1 yet"),
     "Available": ("False", "Loading", "pods are starting or loading"),
     "Progressing": ("True", "RollingOut", "0 of 1 pods of version 1 are ready"),
 }
