@@ -90,15 +90,28 @@ def phoenix(pytestconfig: pytest.Config) -> Iterator[Phoenix]:
 _numbers = itertools.count(1)
 
 
-@pytest.fixture
-def namespace(phoenix: Phoenix, request: pytest.FixtureRequest) -> Iterator[str]:
-    """A namespace in which only restricted pods run; it is deleted afterwards."""
+@contextmanager
+def _namespace(phoenix: Phoenix, request: pytest.FixtureRequest) -> Iterator[str]:
     name = f"t{os.getpid()}-{next(_numbers)}"
     tools.make_namespace(phoenix.kubectl, name)
     yield name
     if request.node.stash.get(_FAILED, False):
         sys.stderr.write(phoenix.report(name))
-    phoenix.kubectl("delete", "namespace", name, "--wait=false")
+    phoenix.kubectl("delete", "namespace", name, "--wait=false", "--ignore-not-found")
+
+
+@pytest.fixture
+def namespace(phoenix: Phoenix, request: pytest.FixtureRequest) -> Iterator[str]:
+    """A namespace in which only restricted pods run; it is deleted afterwards."""
+    with _namespace(phoenix, request) as name:
+        yield name
+
+
+@pytest.fixture
+def another_namespace(phoenix: Phoenix, request: pytest.FixtureRequest) -> Iterator[str]:
+    """A second one."""
+    with _namespace(phoenix, request) as name:
+        yield name
 
 
 _FAILED: pytest.StashKey[bool] = pytest.StashKey()

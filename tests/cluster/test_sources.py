@@ -117,7 +117,7 @@ def test_config_map_is_missing_then_there(phoenix: Phoenix, namespace: str) -> N
 def test_config_map_lacks_the_file(phoenix: Phoenix, namespace: str) -> None:
     phoenix.apply(namespace, made("ConfigMap", "files", binaryData={"other.onnx": encoded(IRIS)}))
     phoenix.apply(namespace, model(model={"uri": "configmap://files/model.onnx", "sha256": DIGEST}))
-    phoenix.wait_fault(namespace, "iris", "ModelVerified", "NotFound", "configmap://files/model.onnx is not found")
+    phoenix.wait_fault(namespace, "iris", "ModelVerified", "NotFound", "files", "model.onnx")
     phoenix.apply(namespace, model(model={"uri": "configmap://files/other.onnx", "sha256": DIGEST}))
     phoenix.wait_ready(namespace)
 
