@@ -42,6 +42,7 @@ _log = logging.getLogger(__name__)
 _LEASE = "phoenix-operator"
 _STUCK_S, _LATE_S = 300.0, 10.0
 _LAST_RECONCILES_S = 10.0
+_BEFORE_LISTS_S, _AFTER_LISTS_S = 1.0, 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,6 +131,7 @@ class _Operator:
         )
         self._is_leading = False
         self._watches_up = asyncio.Event()
+        self._listed_at = 0.0
         self._lag_s = 0.0
 
     async def run(self, stop: asyncio.Event) -> None:
@@ -139,7 +141,7 @@ class _Operator:
         self._is_leading = True
         self._metrics.leader.set(1)
         await self._resync.discover()
-        workers = [asyncio.create_task(self._queue.work(self._reconcile)) for _ in range(self._settings.workers)]
+        workers = [asyncio.create_task(self._work(stop)) for _ in range(self._settings.workers)]
         chores: tuple[Coroutine[Any, Any, None], ...] = (
             self._measure(),
             self._take_signals_back(stop),
@@ -194,11 +196,26 @@ class _Operator:
     def _take(self, kind: Kind, type_: str | None, body: Object) -> None:
         """Put an event's object into the store and its model into the queue."""
         self._metrics.watch_events.labels(str(kind), type_ or "LISTED").inc()
+        if type_ is None:
+            self._listed_at = time.monotonic()
         is_gone = type_ == "DELETED"
         for key in self._store.discard(kind, body) if is_gone else self._store.put(kind, body):
             if is_gone and kind is PHOENIX_MODEL:
                 self._queue.forget(key)
             self._queue.add(key)
+
+    async def _work(self, stop: asyncio.Event) -> None:
+        """Work off the queue, not before the first lists are in: each child not listed yet would be asked for."""
+        if await _done_before(stop, self._first_lists()):
+            await self._queue.work(self._reconcile)
+
+    async def _first_lists(self) -> None:
+        """Return when nothing has been listed for a moment; kopf does not say when its lists are complete."""
+        await self._watches_up.wait()
+        wait_s = _BEFORE_LISTS_S
+        while wait_s > 0:
+            await asyncio.sleep(wait_s)
+            wait_s = self._listed_at + _AFTER_LISTS_S - time.monotonic()
 
     async def _measure(self) -> None:
         """Keep the gauges and the loop's lag current."""

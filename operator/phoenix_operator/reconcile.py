@@ -163,18 +163,21 @@ class Reconciler:
         live = dict(observed.children)
         new = [manifest for manifest in wanted if _place(manifest) not in live]
         found = await asyncio.gather(*(self._find(manifest) for manifest in new))
-        foreign = []
+        late, foreign = {}, []
         for manifest, body in zip(new, found, strict=True):
             if body is None:
                 continue
             if _is_owner(subject, body):
-                live[_place(manifest)] = body  # the watch is late, or somebody took our label away
+                late[_place(manifest)] = body
             elif _is_of_predecessor(subject, body):
                 raise ApiError(409, "Conflict", f"{_place(manifest)[0]} of the deleted model is still going away")
             else:
                 foreign.append(_place(manifest))
         if foreign:
             return replace(observed, foreign=foreign)
+        if late:
+            # the watch is late, or somebody took our label away; what is wanted depends on what is there
+            return await self._apply_all(key, subject, replace(observed, children={**observed.children, **late}))
         is_first = not observed.children
         refused = self._refused.setdefault(key, {})
         for manifest in wanted:
