@@ -114,6 +114,7 @@ CONDITIONS: dict[ConditionType, ConditionRow] = {
         "the digest matched and the model loads",
         (Reason.VERIFIED, Reason.SCHEMA_CHANGED),
         (
+            Reason.LOADING,
             Reason.DIGEST_MISMATCH,
             Reason.FETCH_FAILED,
             Reason.SECRET_MISSING,
@@ -126,7 +127,7 @@ CONDITIONS: dict[ConditionType, ConditionRow] = {
     ConditionType.ACCELERATOR_READY: ConditionRow(
         "the session runs on the accelerator",
         (Reason.SESSION_ON_ACCELERATOR,),
-        (Reason.PROVIDER_UNAVAILABLE, Reason.FELL_BACK_TO_CPU, Reason.UNSCHEDULABLE),
+        (Reason.LOADING, Reason.PROVIDER_UNAVAILABLE, Reason.FELL_BACK_TO_CPU, Reason.UNSCHEDULABLE),
         is_optional=True,
     ),
     ConditionType.BINDINGS_READY: ConditionRow(

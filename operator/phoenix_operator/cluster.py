@@ -121,13 +121,17 @@ class Cluster:
         return answer
 
     async def exists(self, kind: Kind, namespace: str, name: str) -> bool:
-        """Return whether an object is there, without its content: a Secret stays where it is."""
+        """Return whether an object is there, without its content: a Secret stays where it is.
+
+        One that may not be read counts as there: the kubelet will say what it finds.
+        """
         try:
             await self._request("GET", kind.path(namespace, name), accept=_ONLY_METADATA)
         except ApiError as error:
             if error.code == 404:
                 return False
-            raise
+            if error.code != 403:
+                raise
         return True
 
     async def list(

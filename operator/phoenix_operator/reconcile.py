@@ -98,7 +98,7 @@ class Reconciler:
             found = faults(subject, observed, self._parts.settings)
         status = next_status(subject, observed, self._parts.settings, found)
         await self._tell(subject, document, status)
-        return self._look_again(subject, observed, status)
+        return self._look_again(observed, not_accepted=bool(found))
 
     # --- observe -----------------------------------------------------------------------------------------------------
 
@@ -127,16 +127,23 @@ class Reconciler:
 
     async def _missing(self, subject: Subject) -> list[Missing]:
         """Return what the pods refer to and is not there. Only existence is asked: a Secret's content stays away."""
-        wanted = []
+        looks = []
         if subject.spec.model.credentials is not None:
-            name = subject.spec.model.credentials.secret_ref.name
-            wanted.append((SECRET, Missing(Reference.SECRET, name, "spec.model.credentials.secretRef")))
+            looks.append(self._missing_secret(subject, subject.spec.model.credentials.secret_ref.name))
         if named := config_map_source(subject.spec.model.uri):
-            wanted.append((CONFIG_MAP, Missing(Reference.CONFIG_MAP, named[0], "spec.model.uri")))
-        there = await asyncio.gather(
-            *(self._parts.cluster.exists(kind, subject.namespace, missing.name) for kind, missing in wanted)
-        )
-        return [missing for (_, missing), is_there in zip(wanted, there, strict=True) if not is_there]
+            looks.append(self._missing_config_map(subject, *named))
+        return [missing for missing in await asyncio.gather(*looks) if missing is not None]
+
+    async def _missing_secret(self, subject: Subject, name: str) -> Missing | None:
+        if await self._parts.cluster.exists(SECRET, subject.namespace, name):
+            return None
+        return Missing(Reference.SECRET, name, "spec.model.credentials.secretRef")
+
+    async def _missing_config_map(self, subject: Subject, name: str, key: str) -> Missing | None:
+        body = await self._parts.cluster.get(CONFIG_MAP, subject.namespace, name)
+        if body is not None and key in body.get("data", {}) | body.get("binaryData", {}):
+            return None
+        return Missing(Reference.CONFIG_MAP, name, "spec.model.uri", key=None if body is None else key)
 
     def _host_owner(self, subject: Subject) -> str | None:
         """Return the older model that has the same host and path; models of other namespaces may have the same name."""
@@ -265,12 +272,14 @@ class Reconciler:
         self._parts.store.put(PHOENIX_MODEL, stored)
         return True
 
-    def _look_again(self, subject: Subject, observed: Observed, status: Object) -> float | None:
+    def _look_again(self, observed: Observed, *, not_accepted: bool) -> float | None:
         """Return when to look again for what no watch tells."""
         if observed.missing:
             return _SOON_S
-        if observed.refusals or observed.foreign or observed.host_owner:
-            return _REFUSED_S if observed.refusals else _SOON_S
+        if observed.foreign or observed.host_owner:
+            return _SOON_S
+        if not_accepted:
+            return _REFUSED_S
         if any(pod.is_ready and pod.ip and pod.uid not in observed.loaded for pod in observed.pods):
             return _LATER_S
         if observed.shortfall:

@@ -100,7 +100,6 @@ class Settings(ApiObject):
         default_factory=_default_resources,
         description="Requests of pods whose model names none. The memory limit follows the request.",
     )
-    cluster_domain: DnsName = Field("cluster.local", description="DNS domain of Services.")
     accelerator_profiles: dict[DnsLabel, AcceleratorProfile] = Field(
         default_factory=dict, description="Accelerator profiles by name."
     )

@@ -29,12 +29,20 @@ from phoenix_operator.settings import Settings
 
 _REASONS = {str(reason): reason for reason in Reason}
 _CPU = "CPUExecutionProvider"
+_NOTHING_DONE = "nothing is done about a spec that is not accepted"
+_NEXT_STEP = {
+    Reason.DIGEST_MISMATCH: "check spec.model.sha256, and who changed the file",
+    Reason.EXTERNAL_DATA_MISSING: "put it beside the model, or save the model as one file",
+    Reason.INVALID_MODEL: "export and upload the model again",
+    Reason.FETCH_FAILED: "check spec.model.uri, its store and the network policies",
+    Reason.UNSUPPORTED_OPSET: "export with an older opset, or take a newer spec.runtime.image",
+}
 _ABOUT_QUOTA = "raise the quota, or ask for less"
 _MESSAGE_LIMIT = 2000
 _PULL_FAILURES = {"ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull", "RegistryUnavailable"}
 _CONFIG_FAILURES = {"CreateContainerConfigError", "CreateContainerError"}
-_VERIFIED_REASONS = frozenset(CONDITIONS[ConditionType.MODEL_VERIFIED].otherwise)
-_ACCELERATOR_REASONS = frozenset(CONDITIONS[ConditionType.ACCELERATOR_READY].otherwise)
+_VERIFIED_REASONS = frozenset(CONDITIONS[ConditionType.MODEL_VERIFIED].otherwise) - {Reason.LOADING}
+_ACCELERATOR_REASONS = frozenset(CONDITIONS[ConditionType.ACCELERATOR_READY].otherwise) - {Reason.LOADING}
 _AVAILABLE_REASONS = frozenset(CONDITIONS[ConditionType.AVAILABLE].otherwise)
 
 
@@ -153,6 +161,11 @@ class _View:
         self.ready = [pod for pod in alive if pod.is_ready]
         self.new_ready = [pod for pod in self.new if pod.is_ready]
 
+    @property
+    def is_left_alone(self) -> bool:
+        """Whether nothing is done about the spec. An object that is refused keeps no other from being applied."""
+        return any(fault.reason is not Reason.OBJECT_REFUSED for fault in self.faults)
+
     def verdicts(self) -> dict[ConditionType, Verdict]:
         """Return every condition but `Ready`, in the order of the table."""
         found = {ConditionType.ACCEPTED: self._accepted(), ConditionType.MODEL_VERIFIED: self._model_verified()}
@@ -210,13 +223,17 @@ class _View:
             return _yes(Reason.VERIFIED, f"version {version} is loaded{digest}")
         for pod in self.new:
             if (failure := pod.failure) and failure.is_own and failure.reason in _VERIFIED_REASONS:
-                return _no(_REASONS[failure.reason], f"version {version}: {failure.message}{self._what_serves()}")
+                reason = _REASONS[failure.reason]
+                step = f"; {_NEXT_STEP[reason]}" if reason in _NEXT_STEP else ""
+                return _no(reason, f"version {version}: {failure.message}{step}{self._what_serves()}")
         for missing in self.observed.missing:
             if missing.field.startswith("spec.model."):
                 return _no(_REASON_OF[missing.kind], _absent(missing))
         if was_verified:
             return _yes(_REASONS[before["reason"]], before["message"])  # that its pods ended since does not unmake it
-        return _unknown(f"no pod has loaded version {version} yet")
+        if self.is_left_alone:
+            return _unknown(_NOTHING_DONE)
+        return _unknown(f"no pod has loaded version {version} yet", Reason.LOADING)
 
     def _accelerator_ready(self) -> Verdict:
         asked = ask(self.subject, self.settings)
@@ -243,8 +260,10 @@ class _View:
                 )
             return _yes(Reason.SESSION_ON_ACCELERATOR, f"sessions run on {loaded.provider}")
         if words := self._unschedulable():
-            return _no(Reason.UNSCHEDULABLE, f"asked for {asked.count} of {what} per pod: {words}")
-        return _unknown(f"no pod runs on {what} yet")
+            return _no(Reason.UNSCHEDULABLE, f"asked for {asked.count} of {what} per pod: {words}; free or add devices")
+        if self.is_left_alone:
+            return _unknown(_NOTHING_DONE)
+        return _unknown(f"no pod runs on {what} yet", Reason.LOADING)
 
     def _available(self) -> Verdict:
         desired = self.subject.spec.replicas
@@ -252,11 +271,15 @@ class _View:
             return _yes(Reason.REPLICAS_AVAILABLE, f"{len(self.ready)} of {desired} replicas answer{self._trouble()}")
         if desired == 0:
             return _no(Reason.SCALED_TO_ZERO, "spec.replicas is 0; scale it up to serve")
+        if self.is_left_alone and self.observed.deployment is None:
+            return _unknown(_NOTHING_DONE)
         return self._why_not_available()
 
     def _progressing(self) -> Verdict:
         deployment = self.observed.deployment
         version = self.subject.spec.model.version
+        if self.is_left_alone and not self._is_rolled_out():
+            return _unknown(f"{_NOTHING_DONE}{self._what_serves()}")
         if deployment is None:
             return _yes(Reason.ROLLING_OUT, f"version {version}: the Deployment is not there yet")
         row = _deployment_condition(deployment, "Progressing")
@@ -359,8 +382,10 @@ class _View:
     def _pull_failure(self, pods: Sequence[Pod]) -> Verdict | None:
         for pod in pods:
             if pod.waiting and pod.waiting[0] in _PULL_FAILURES:
-                image = self.subject.spec.runtime.image
-                whose = "spec.runtime.image" if image else "the operator's serverImage"
+                whose = "spec.runtime.image" if self.subject.spec.runtime.image else "the operator's serverImage"
+                uri = self.subject.spec.model.uri
+                if uri.startswith("oci://") and uri[len("oci://") :].partition("#")[0] in pod.waiting[1]:
+                    whose = "spec.model.uri"
                 return _no(
                     Reason.IMAGE_PULL_FAILED, f"pod {pod.name}: {pod.waiting[1] or pod.waiting[0]}; check {whose}"
                 )
@@ -394,7 +419,8 @@ class _View:
 
     def _cannot_be_placed(self, _: Sequence[Pod]) -> Verdict | None:
         words = self._unschedulable()
-        return _no(Reason.UNSCHEDULABLE, words) if words else None
+        step = "free or add what is short, or ask for less"
+        return _no(Reason.UNSCHEDULABLE, f"{words}; {step}") if words else None
 
     def _not_even_made(self) -> Verdict | None:
         for refusal in self.observed.refusals:
@@ -433,7 +459,7 @@ def _absent(missing: Missing) -> str:
 
 
 def _times(pod: Pod) -> str:
-    return f"restarted {pod.restarts} times" if pod.restarts != 1 else "restarted once"
+    return {0: "about to be restarted", 1: "restarted once"}.get(pod.restarts, f"restarted {pod.restarts} times")
 
 
 def _deployment_condition(deployment: Object, kind: str) -> Object:

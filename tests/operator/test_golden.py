@@ -265,7 +265,9 @@ def test_way_out_is_open_to_dns_and_the_models_store_only(name: str, ports: list
     dns, *others = policy["spec"]["egress"]
     assert {row["port"] for row in dns["ports"]} == {53}
     assert [row["port"] for rule in others for row in rule["ports"]] == ports
-    assert all("169.254.169.254/32" in peer["ipBlock"]["except"] for rule in others for peer in rule["to"])
+    metadata_services = {"169.254.169.254/32", "fd00:ec2::254/128"}
+    assert all(set(peer["ipBlock"]["except"]) <= metadata_services for rule in others for peer in rule["to"])
+    assert all(peer["ipBlock"]["except"] for rule in others for peer in rule["to"])
 
 
 @pytest.mark.parametrize("uri", ["https://h:99999/x", "https://h:port/x", "https://[h/x"])

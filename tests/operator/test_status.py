@@ -24,7 +24,8 @@ from objects import (
 from status_cases import CASES, LATE, Case, alone, check, rows_of, status_of
 
 from phoenix_api import CONDITIONS, ConditionType, Reason
-from phoenix_operator.observed import Object, Observed, Subject
+from phoenix_operator.kinds import POD_DISRUPTION_BUDGET
+from phoenix_operator.observed import Object, Observed, Refusal, Subject
 from phoenix_operator.settings import RouteKind, Routes, Settings
 from phoenix_operator.status import unreadable_status
 
@@ -143,11 +144,13 @@ def test_long_message_is_cut() -> None:
 
 
 def test_first_failing_condition_in_the_tables_order_is_the_reason_of_ready() -> None:
-    model = subject(runtime={"accelerator": {"profile": "l4"}})
-    status = status_of(model, seen(model, [ended(model)], deployment=deployment(model, conditions=[LATE])))
+    model = subject()
+    late = deployment(model, conditions=[LATE])
+    refused = [Refusal(POD_DISRUPTION_BUDGET, "fraud", 422, "no")]
+    status = status_of(model, seen(model, [ended(model)], deployment=late, refusals=refused))
     failing = [row["reason"] for row in status["conditions"][:-1] if row["status"] == "False"]
-    assert failing == ["InvalidSpec", "CrashLoop", "DeadlineExceeded"]
-    assert rows_of(status)["Ready"][1] == "InvalidSpec"
+    assert failing == ["ObjectRefused", "CrashLoop", "DeadlineExceeded"]
+    assert rows_of(status)["Ready"][1] == "ObjectRefused"
 
 
 def test_sidecar_of_somebody_else_does_not_speak_for_the_server() -> None:

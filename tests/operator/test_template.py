@@ -209,7 +209,16 @@ def test_other_shortfall_is_no_reason_to_go_without(words: str) -> None:
 
 def test_device_that_an_old_pod_is_about_to_give_back_is_waited_for() -> None:
     model = subject(**PREFERS)
-    assert not withheld(model, unplaced_of(model), ready(model, "old", template="before"))
+    old = ready(model, "old", template="before")
+    old.body["spec"] = {"containers": [{"name": "server", "resources": {"limits": {"nvidia.com/gpu": "1"}}}]}
+    assert not withheld(model, unplaced_of(model), old)
+
+
+def test_old_pod_without_a_device_is_not_waited_for() -> None:
+    model = subject(**PREFERS)
+    old = ready(model, "old", template="before")
+    old.body["spec"] = {"containers": [{"name": "server", "resources": {"limits": {"memory": "1Gi"}}}]}
+    assert withheld(model, unplaced_of(model), old)
 
 
 def test_device_that_a_sister_has_keeps_the_model_on_it() -> None:
@@ -219,7 +228,7 @@ def test_device_that_a_sister_has_keeps_the_model_on_it() -> None:
 
 def test_device_class_is_withheld_by_the_schedulers_words_about_claims() -> None:
     model = subject(runtime={"accelerator": {"policy": "Prefer", "deviceClassName": "gpu.nvidia.com"}})
-    assert withheld(model, unplaced_of(model, "0/1 nodes are available: 1 cannot allocate all resourceclaims."))
+    assert withheld(model, unplaced_of(model, "0/1 nodes are available: 1 cannot allocate all claims."))
 
 
 def test_decision_stands_until_the_spec_changes() -> None:

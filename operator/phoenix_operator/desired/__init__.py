@@ -5,6 +5,7 @@ What should not exist is not in the list. Nothing here does I/O, reads a clock o
 
 from phoenix_operator.desired import accelerator, config, deployment, network, policy
 from phoenix_operator.desired.naming import sealed
+from phoenix_operator.kinds import HTTP_ROUTE, OPTIONAL, RESOURCE_CLAIM_TEMPLATE, kind_of
 from phoenix_operator.observed import Object, Observed, Subject
 from phoenix_operator.settings import Settings
 
@@ -25,4 +26,7 @@ def desired_objects(
         network.route(subject, settings),
         network.monitor(subject, settings),
     ]
+    # a monitor is the cluster's wish, not the model's: where its kind is missing, models are served all the same
+    unserved = OPTIONAL - observed.served_kinds - {RESOURCE_CLAIM_TEMPLATE, HTTP_ROUTE}
+    wanted = [manifest for manifest in wanted if manifest is None or kind_of(manifest) not in unserved]
     return [sealed(manifest) for manifest in wanted if manifest is not None]

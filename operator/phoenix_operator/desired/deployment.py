@@ -23,7 +23,7 @@ from phoenix_operator.desired.naming import (
 )
 from phoenix_operator.desired.source import CREDENTIALS, STATE, source
 from phoenix_operator.kinds import DEPLOYMENT
-from phoenix_operator.observed import CONTAINER, REVISION, TEMPLATE, WITHHELD, Object, Observed, Subject
+from phoenix_operator.observed import CONTAINER, REVISION, TEMPLATE, WITHHELD, Object, Observed, Pod, Subject
 from phoenix_operator.settings import Settings
 
 USER = 10001  # of the server image
@@ -91,16 +91,26 @@ def is_withheld(subject: Subject, observed: Observed, settings: Settings) -> boo
     if annotations.get(REVISION) != config.revision(subject):
         return False
     newest = [pod for pod in observed.pods if pod.template == annotations.get(TEMPLATE) and not pod.is_leaving]
-    # a device that an old pod is about to give back, or that a sister already has, is no reason to go without
-    is_alone = len(newest) == len(observed.pods) and not any(pod.is_ready for pod in newest)
-    return is_alone and any(_lacks(pod.unschedulable, asked) for pod in newest)
+    if any(pod.is_ready for pod in newest):
+        return False  # a sister has one: the others wait for theirs
+    # nor is a device that an old pod still holds a reason to go without: it is about to be given back
+    is_held = any(_holds_device(pod, asked) for pod in observed.pods if pod not in newest)
+    return not is_held and any(_lacks_device(pod.unschedulable, asked) for pod in newest)
 
 
-def _lacks(words: str | None, asked: Ask) -> bool:
+def _lacks_device(words: str | None, asked: Ask) -> bool:
     """Whether the scheduler's words say that devices are what is missing."""
     if words is None:
         return False
-    return f"Insufficient {asked.resource_name}" in words if asked.resource_name else "resourceclaim" in words.lower()
+    return (f"Insufficient {asked.resource_name}" if asked.resource_name else "cannot allocate all claims") in words
+
+
+def _holds_device(pod: Pod, asked: Ask) -> bool:
+    spec = pod.body.get("spec", {})
+    if asked.device_class_name:
+        return bool(spec.get("resourceClaims"))
+    containers = spec.get("containers", [])
+    return any(asked.resource_name in row.get("resources", {}).get("limits", {}) for row in containers)
 
 
 def is_in_place(subject: Subject) -> bool:

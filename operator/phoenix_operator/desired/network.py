@@ -16,7 +16,7 @@ from phoenix_operator.settings import MonitorKind, RouteKind, Settings
 _NAMESPACE = "kubernetes.io/metadata.name"
 _PORTS = (("http", HTTP_PORT, "http"), ("grpc", GRPC_PORT, "kubernetes.io/h2c"))
 _HEADLESS = "phoenix-ml.io/headless"  # by this label a ServiceMonitor leaves the headless twin out
-_METADATA_SERVICE = "169.254.169.254/32"
+_METADATA_SERVICE, _METADATA_SERVICE_V6 = "169.254.169.254/32", "fd00:ec2::254/128"
 
 
 def services(subject: Subject) -> list[Object]:
@@ -65,7 +65,7 @@ def _namespaces(*names: str | None) -> list[Object]:
 
 
 _DNS: Object = {
-    "to": [{"namespaceSelector": {}}, {"ipBlock": {"cidr": "0.0.0.0/0"}}],
+    "to": [{"namespaceSelector": {}}, {"ipBlock": {"cidr": "0.0.0.0/0"}}, {"ipBlock": {"cidr": "::/0"}}],
     "ports": [{"protocol": protocol, "port": 53} for protocol in ("UDP", "TCP")],
 }
 
@@ -75,8 +75,11 @@ def _way_to_the_model(subject: Subject) -> list[Object]:
     if port is None:
         return []
     # a store's addresses cannot be known; the cloud's metadata service, which hands out credentials, is none of them
-    anywhere = {"ipBlock": {"cidr": "0.0.0.0/0", "except": [_METADATA_SERVICE]}}
-    return [{"to": [anywhere], "ports": [{"protocol": "TCP", "port": port}]}]
+    anywhere = [
+        {"ipBlock": {"cidr": "0.0.0.0/0", "except": [_METADATA_SERVICE]}},
+        {"ipBlock": {"cidr": "::/0", "except": [_METADATA_SERVICE_V6]}},
+    ]
+    return [{"to": anywhere, "ports": [{"protocol": "TCP", "port": port}]}]
 
 
 def path_prefix(subject: Subject) -> str:
