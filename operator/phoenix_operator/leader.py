@@ -25,6 +25,7 @@ class Lease:
         self._cluster = cluster
         self._namespace, self._name, self._identity, self._seconds = namespace, name, identity, seconds
         self._held: Object | None = None
+        self._renewed_at = 0.0
         self._seen_version, self._seen_at = "", 0.0
 
     async def acquire(self) -> None:
@@ -43,15 +44,17 @@ class Lease:
             await asyncio.sleep(_RETRY_S)
 
     async def hold(self) -> None:
-        """Renew the lease; return when it is lost, or was not renewed for two thirds of its time."""
-        renewed = time.monotonic()
-        while time.monotonic() - renewed < self._seconds * 2 / 3:
-            await asyncio.sleep(self._seconds / 5)
+        """Renew the lease; return when it is lost, or was not renewed for two thirds of its time.
+
+        That is before a standby may begin, however long a request hangs.
+        """
+        while (left_s := self._renewed_at + self._seconds * 2 / 3 - time.monotonic()) > 0:
             try:
-                async with asyncio.timeout(self._seconds / 3):
-                    if not await self._try():
-                        return
-                renewed = time.monotonic()
+                async with asyncio.timeout(left_s):
+                    await asyncio.sleep(self._seconds / 5)
+                    async with asyncio.timeout(self._seconds / 3):
+                        if not await self._try():
+                            return
             except (ApiError, TimeoutError) as error:
                 _log.warning("the lease was not renewed", extra={"cause": str(error)})
 
@@ -66,18 +69,20 @@ class Lease:
         self._held = None
 
     async def _try(self) -> bool:
+        began = time.monotonic()
         known = await self._cluster.get(LEASE, self._namespace, self._name)
         try:
             if known is None:
                 self._held = await self._cluster.create(LEASE, self._record(None, holder=self._identity))
-                return True
-            if not self._may_take(known):
+            elif self._may_take(known):
+                self._held = await self._cluster.replace(LEASE, self._record(known, holder=self._identity))
+            else:
                 return False
-            self._held = await self._cluster.replace(LEASE, self._record(known, holder=self._identity))
         except ApiError as error:
             if error.code == 409:  # somebody was faster
                 return False
             raise
+        self._renewed_at = began
         return True
 
     def _may_take(self, known: Object) -> bool:
