@@ -17,7 +17,7 @@ from phoenix_operator.kinds import OPTIONAL, PHOENIX_MODEL, Kind
 from phoenix_operator.metrics import Metrics
 from phoenix_operator.observed import Object
 from phoenix_operator.queue import KeyedQueue
-from phoenix_operator.store import Key, Store
+from phoenix_operator.store import Key, Store, model_of
 
 _log = logging.getLogger(__name__)
 _BETWEEN_KINDS_S = 20.0
@@ -92,7 +92,9 @@ class Resync:
         """Whether a list shows something newer than the store, or no longer shows what the store has."""
         bodies, version = await self._list(kind, only_metadata=True)
         known = self._store.versions(kind)
-        listed = {(body["metadata"]["namespace"], body["metadata"]["name"]): body["metadata"] for body in bodies}
+        # an object that bears our label and no model's is not in the store either
+        ours = [body["metadata"] for body in bodies if model_of(kind, body) is not None]
+        listed = {(row["namespace"], row["name"]): row for row in ours}
         is_behind = any(known.get(place, 0) < int(row["resourceVersion"]) for place, row in listed.items())
         return is_behind or any(at <= version for place, at in known.items() if place not in listed)
 
