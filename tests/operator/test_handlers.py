@@ -1,0 +1,151 @@
+"""The watches: real kopf against a tiny API server."""
+
+import asyncio
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from objects import SETTINGS
+from watch_server import WatchServer, serving
+
+from phoenix_operator import handlers
+from phoenix_operator.app import watched_kinds
+from phoenix_operator.kinds import CHILDREN, DEPLOYMENT, OPTIONAL, PHOENIX_MODEL, POD, POD_MONITOR, Kind
+from phoenix_operator.observed import Object
+from phoenix_operator.settings import Monitoring, MonitorKind, RouteKind, Routes, Settings
+
+SELECTOR = "app.kubernetes.io/managed-by=phoenix-operator"
+Told = tuple[Kind, str | None, str]
+
+
+class Sink:
+    """What the watches told, and a way to wait for more."""
+
+    def __init__(self) -> None:
+        self.told: list[Told] = []
+        self._more = asyncio.Event()
+
+    def __call__(self, kind: Kind, type_: str | None, body: Object) -> None:
+        self.told.append((kind, type_, body["metadata"]["name"]))
+        self._more.set()
+
+    async def until(self, holds: Callable[[list[Told]], bool]) -> None:
+        async with asyncio.timeout(20):
+            while not holds(self.told):
+                self._more.clear()
+                await self._more.wait()
+
+
+def model(name: str, version: int = 1) -> Object:
+    return body(PHOENIX_MODEL, name, version)
+
+
+def body(kind: Kind, name: str, version: int = 1) -> Object:
+    metadata = {"name": name, "namespace": "ml", "uid": f"uid-{name}", "resourceVersion": str(version)}
+    return {"apiVersion": kind.api_version, "kind": kind.kind, "metadata": metadata, "spec": {}}
+
+
+def watching(
+    server: WatchServer,
+    folder: Path,
+    patch: pytest.MonkeyPatch,
+    talk: Callable[[Sink], Any],
+    *,
+    settings: Settings = SETTINGS,
+    namespaces: tuple[str, ...] = (),
+) -> Sink:
+    """Watch while `talk` runs, then stop."""
+
+    async def main() -> Sink:
+        async with serving(server, folder) as kubeconfig:
+            patch.setenv("KUBECONFIG", str(kubeconfig))
+            sink, stop, ready = Sink(), asyncio.Event(), asyncio.Event()
+            kinds = watched_kinds(settings)
+            watch = handlers.watch(kinds, sink, settings, namespaces=namespaces, stop=stop, ready=ready)
+            task = asyncio.create_task(watch)
+            async with asyncio.timeout(20):
+                await ready.wait()
+            await talk(sink)
+            stop.set()
+            async with asyncio.timeout(20):
+                await task
+            return sink
+
+    return asyncio.run(main())
+
+
+def test_listed_and_streamed_objects_reach_the_sink_and_nothing_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kinds = watched_kinds(SETTINGS)
+    server = WatchServer(kinds)
+    server.objects[PHOENIX_MODEL] = [model("fraud"), model("iris")]
+
+    async def talk(sink: Sink) -> None:
+        await sink.until(lambda told: len(told) == 2)
+        assert set(sink.told) == {(PHOENIX_MODEL, None, "fraud"), (PHOENIX_MODEL, None, "iris")}
+        await server.watched(kinds)
+        server.tell(PHOENIX_MODEL, "MODIFIED", model("fraud", 2))
+        await sink.until(lambda told: (PHOENIX_MODEL, "MODIFIED", "fraud") in told)
+        server.tell(DEPLOYMENT, "ADDED", body(DEPLOYMENT, "fraud", 3))
+        server.tell(POD, "DELETED", body(POD, "fraud-1", 4))
+        await sink.until(lambda told: len(told) == 5)
+
+    sink = watching(server, tmp_path, monkeypatch, talk)
+    assert sorted(sink.told[3:], key=str) == sorted(
+        [(DEPLOYMENT, "ADDED", "fraud"), (POD, "DELETED", "fraud-1")], key=str
+    )
+    assert {seen.verb for seen in server.seen} == {"list", "watch"}
+    of_ours = [seen for seen in server.seen if seen.kind in kinds]
+    assert {seen.kind for seen in of_ours if seen.verb == "watch"} == set(kinds)
+    for seen in of_ours:
+        expected = None if seen.kind == PHOENIX_MODEL else SELECTOR
+        assert seen.query.get("labelSelector") == expected, seen
+        if seen.verb == "list":
+            assert seen.query["limit"] == "500"
+        else:
+            assert seen.query["timeoutSeconds"] == "290"
+
+
+def test_namespaced_watch_stays_in_its_namespaces_and_looks_for_no_definitions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kinds = watched_kinds(SETTINGS)
+    server = WatchServer(kinds)
+
+    async def talk(_: Sink) -> None:
+        await server.watched(kinds, times=2)
+
+    watching(server, tmp_path, monkeypatch, talk, namespaces=("ml", "other"))
+    assert {seen.namespace for seen in server.seen} == {"ml", "other"}
+    assert {seen.kind for seen in server.seen} == set(kinds)
+
+
+def test_kind_that_the_cluster_does_not_serve_keeps_nobody_waiting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = Settings(monitoring=Monitoring(kind=MonitorKind.POD_MONITOR))
+    served = [kind for kind in watched_kinds(settings) if kind not in OPTIONAL]
+    server = WatchServer(served)
+
+    async def talk(_: Sink) -> None:
+        await server.watched(served)
+
+    watching(server, tmp_path, monkeypatch, talk, settings=settings)
+    assert POD_MONITOR not in {seen.kind for seen in server.seen}
+
+
+@pytest.mark.parametrize(
+    ("settings", "left_out"),
+    [
+        (Settings(), {"HTTPRoute", "PodMonitor", "ServiceMonitor"}),
+        (Settings(routes=Routes(kind=RouteKind.HTTP_ROUTE)), {"PodMonitor", "ServiceMonitor"}),
+        (Settings(monitoring=Monitoring(kind=MonitorKind.POD_MONITOR)), {"HTTPRoute", "ServiceMonitor"}),
+        (Settings(monitoring=Monitoring(kind=MonitorKind.SERVICE_MONITOR)), {"HTTPRoute", "PodMonitor"}),
+    ],
+)
+def test_kinds_that_no_setting_leads_to_are_not_watched(settings: Settings, left_out: set[str]) -> None:
+    kinds = watched_kinds(settings)
+    assert {str(kind) for kind in {PHOENIX_MODEL, POD, *CHILDREN} - set(kinds)} == left_out
+    assert len(set(kinds)) == len(kinds)
