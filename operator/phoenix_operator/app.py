@@ -54,14 +54,17 @@ class Place:
     namespaces: tuple[str, ...] = ()
 
 
-def watched_kinds(settings: Settings) -> tuple[Kind, ...]:
-    """Return the kinds to watch: all that the settings may lead to."""
+def watched_kinds(settings: Settings, served: frozenset[Kind]) -> tuple[Kind, ...]:
+    """Return the kinds to watch: all that the settings lead to, and those that other settings may have led to.
+
+    An HTTPRoute or monitor that the settings no longer ask for is deleted, so it must be seen where its kind is served.
+    """
     switched = {
         HTTP_ROUTE: settings.routes.kind is RouteKind.HTTP_ROUTE,
         POD_MONITOR: settings.monitoring.kind is MonitorKind.POD_MONITOR,
         SERVICE_MONITOR: settings.monitoring.kind is MonitorKind.SERVICE_MONITOR,
     }
-    return (PHOENIX_MODEL, POD, *(kind for kind in CHILDREN if switched.get(kind, True)))
+    return (PHOENIX_MODEL, POD, *(kind for kind in CHILDREN if switched.get(kind, True) or kind in served))
 
 
 async def run(settings: Settings, place: Place) -> None:
@@ -99,13 +102,12 @@ class _Operator:
         self._cluster = cluster
         self._store = Store()
         self._queue: KeyedQueue[Key] = KeyedQueue()
-        self._kinds = watched_kinds(settings)
         self._resync = Resync(
             cluster,
             self._store,
             self._queue,
             metrics,
-            kinds=self._kinds,
+            kinds=(PHOENIX_MODEL, POD, *CHILDREN),
             namespaces=place.namespaces,
             every_s=settings.resync_seconds,
         )
@@ -153,7 +155,7 @@ class _Operator:
         stop_watching = asyncio.Event()
         watching = asyncio.create_task(
             handlers.watch(
-                self._kinds,
+                watched_kinds(self._settings, self._resync.served_kinds),
                 self._take,
                 self._settings,
                 namespaces=self._place.namespaces,

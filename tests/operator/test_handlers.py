@@ -61,7 +61,7 @@ def watching(
         async with serving(server, folder) as kubeconfig:
             patch.setenv("KUBECONFIG", str(kubeconfig))
             sink, stop, ready = Sink(), asyncio.Event(), asyncio.Event()
-            kinds = watched_kinds(settings)
+            kinds = watched_kinds(settings, frozenset())
             watch = handlers.watch(kinds, sink, settings, namespaces=namespaces, stop=stop, ready=ready)
             task = asyncio.create_task(watch)
             async with asyncio.timeout(20):
@@ -78,7 +78,7 @@ def watching(
 def test_listed_and_streamed_objects_reach_the_sink_and_nothing_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    kinds = watched_kinds(SETTINGS)
+    kinds = watched_kinds(SETTINGS, frozenset())
     server = WatchServer(kinds)
     server.objects[PHOENIX_MODEL] = [model("fraud"), model("iris")]
 
@@ -111,7 +111,7 @@ def test_listed_and_streamed_objects_reach_the_sink_and_nothing_is_written(
 def test_namespaced_watch_stays_in_its_namespaces_and_looks_for_no_definitions(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    kinds = watched_kinds(SETTINGS)
+    kinds = watched_kinds(SETTINGS, frozenset())
     server = WatchServer(kinds)
 
     async def talk(_: Sink) -> None:
@@ -126,7 +126,7 @@ def test_kind_that_the_cluster_does_not_serve_keeps_nobody_waiting(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = Settings(monitoring=Monitoring(kind=MonitorKind.POD_MONITOR))
-    served = [kind for kind in watched_kinds(settings) if kind not in OPTIONAL]
+    served = [kind for kind in watched_kinds(settings, frozenset()) if kind not in OPTIONAL]
     server = WatchServer(served)
 
     async def talk(_: Sink) -> None:
@@ -145,7 +145,11 @@ def test_kind_that_the_cluster_does_not_serve_keeps_nobody_waiting(
         (Settings(monitoring=Monitoring(kind=MonitorKind.SERVICE_MONITOR)), {"HTTPRoute", "PodMonitor"}),
     ],
 )
-def test_kinds_that_no_setting_leads_to_are_not_watched(settings: Settings, left_out: set[str]) -> None:
-    kinds = watched_kinds(settings)
-    assert {str(kind) for kind in {PHOENIX_MODEL, POD, *CHILDREN} - set(kinds)} == left_out
+def test_kinds_that_no_setting_leads_to_are_watched_only_where_old_ones_may_be(
+    settings: Settings, left_out: set[str]
+) -> None:
+    every = {PHOENIX_MODEL, POD, *CHILDREN}
+    kinds = watched_kinds(settings, frozenset())
+    assert {str(kind) for kind in every - set(kinds)} == left_out
     assert len(set(kinds)) == len(kinds)
+    assert set(watched_kinds(settings, OPTIONAL)) == every
