@@ -57,7 +57,10 @@ class Reason(StrEnum):
     INVALID_MODEL = "InvalidModel", "The file is no whole ONNX model, or ONNX Runtime refuses it."
     EXTERNAL_DATA_MISSING = "ExternalDataMissing", "A weights file that the model refers to is missing."
     UNSUPPORTED_OPSET = "UnsupportedOpset", "The model needs a newer ONNX Runtime."
-    SCHEMA_CHANGED = "SchemaChanged", "The model loads, but its inputs or outputs differ from those of the version before."
+    SCHEMA_CHANGED = (
+        "SchemaChanged",
+        "The model loads, but its inputs or outputs differ from those of the version before.",
+    )
     # AcceleratorReady
     PROVIDER_UNAVAILABLE = "ProviderUnavailable", "The execution provider is not there and policy is Require."
     FELL_BACK_TO_CPU = "FellBackToCPU", "The session runs on the CPU; policy is Prefer."

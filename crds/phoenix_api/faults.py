@@ -133,7 +133,7 @@ def expectation(node: dict[str, Any]) -> str:
             return "a list" + _length(node.get("minItems"), node.get("maxItems"), " items")
         case "boolean":
             return "true or false"
-        case "object" if "additionalProperties" in node:
+        case "object" if "maxProperties" in node:
             return "an object" + _length(node.get("minProperties"), node.get("maxProperties"), " entries")
         case _:
             return "an object"

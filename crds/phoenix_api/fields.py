@@ -7,7 +7,9 @@ beside the schema (`rules`). Outside this package, only the settings of the oper
 from typing import Annotated, Any, Self
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     Strict,
@@ -20,6 +22,23 @@ from pydantic.alias_generators import to_camel
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from phoenix_api.rules import rules_of
+
+_MOST_LEVELS = 32  # of objects that are passed on; those of Kubernetes have fewer than ten
+
+
+def _without_nulls(data: Any) -> Any:
+    return {key: value for key, value in data.items() if value is not None} if isinstance(data, dict) else data
+
+
+def _shallow(value: dict[str, Any]) -> dict[str, Any]:
+    """Refuse what only an attack nests so deeply: who copies or writes it would run out of stack."""
+    level: list[Any] = [value]
+    for _ in range(_MOST_LEVELS):
+        level = [child for node in level for child in (node.values() if isinstance(node, dict) else node)
+                 if isinstance(child, dict | list)]  # fmt: skip
+        if not level:
+            return value
+    raise PydanticCustomError("rule", f"expected a nesting of at most {_MOST_LEVELS} levels")
 
 
 class ApiObject(BaseModel):
@@ -38,7 +57,7 @@ class ApiObject(BaseModel):
     @classmethod
     def _null_is_absent(cls, data: Any) -> Any:
         """Drop nulls, as kubectl and the API server do."""
-        return {key: value for key, value in data.items() if value is not None} if isinstance(data, dict) else data
+        return _without_nulls(data)
 
     @model_validator(mode="after")
     def _obeys_its_rules(self) -> Self:
@@ -77,10 +96,16 @@ LabelValue = Annotated[
 Topic = Annotated[
     str, text("^([A-Za-z0-9_-][A-Za-z0-9._-]*)?$", "a Kafka topic name (A-Z, a-z, 0-9, ., _ and -)", max_length=249)
 ]
-Labels = Annotated[dict[str, LabelValue], Field(max_length=64)]
+NullIsAbsent = BeforeValidator(_without_nulls)
+"""For maps: the API server drops their nulls too."""
+Labels = Annotated[dict[str, LabelValue], Field(max_length=64), NullIsAbsent]
 Passthrough = Annotated[
     dict[str, Any],
     Field(max_length=64),
+    AfterValidator(_shallow),
     WithJsonSchema({"type": "object", "maxProperties": 64, "x-kubernetes-preserve-unknown-fields": True}),
 ]
-"""A Kubernetes object that is handed on as it is; the API server checks it when the operator applies it."""
+"""A Kubernetes object that is handed on as it is; the API server checks it when the operator applies it.
+
+How deep it nests is the one thing that a CRD cannot bound: such a model is stored, and not accepted by the operator.
+"""

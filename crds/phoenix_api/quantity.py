@@ -13,6 +13,7 @@ from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 QUANTITY_PATTERN = r"^([0-9]{1,18}(\.[0-9]{0,9})?|\.[0-9]{1,9})([KMGTPE]i|[numkMGTPE]|[eE][+-]?[0-9]{1,2})?$"
 QUANTITY_MAX_LENGTH = 32
+_MOST_INTEGER = 2**53  # of one that is written without quotes: a bound in a JSON schema is a double
 _FACTORS = {
     "": Decimal(1),
     **{suffix: Decimal(10) ** (3 * power) for power, suffix in enumerate("num", start=-3)},
@@ -68,6 +69,7 @@ class Quantity(str):
             "anyOf": [{"type": "integer"}, {"type": "string"}],
             "pattern": QUANTITY_PATTERN,
             "minimum": 0,
+            "maximum": _MOST_INTEGER,
             "maxLength": QUANTITY_MAX_LENGTH,
             "x-expects": "a quantity such as 64Mi, 200m or 1",
         }
@@ -80,6 +82,8 @@ class Quantity(str):
                 "quantity", "expected a quantity such as 64Mi, 200m or 1, as a string or an integer"
             )
         try:
+            if isinstance(value, int) and value > _MOST_INTEGER:
+                raise ValueError("too large for a number of JSON")
             return cls(value)
         except ValueError as error:
             raise PydanticCustomError("quantity", "expected a quantity such as 64Mi, 200m or 1") from error

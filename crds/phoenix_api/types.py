@@ -18,6 +18,7 @@ from phoenix_api.fields import (
     FreeText,
     Labels,
     LabelValue,
+    NullIsAbsent,
     Number,
     Passthrough,
     Topic,
@@ -32,11 +33,12 @@ VERSION = "v1alpha1"
 API_VERSION: Literal["phoenix-ml.io/v1alpha1"] = "phoenix-ml.io/v1alpha1"
 KIND: Literal["PhoenixModel"] = "PhoenixModel"
 
-Image = Annotated[str, text(r"^[^\s]+$", "an image reference without spaces", max_length=1024)]
+# not \s, which regular expressions of Go, Rust and Python understand differently
+Image = Annotated[str, text("^[!-~]+$", "an image reference in ASCII without spaces", max_length=1024)]
 EnvName = Annotated[str, text("^[A-Za-z_][A-Za-z0-9_]*$", "the name of an environment variable", max_length=128)]
 TensorName = Annotated[str, Field(min_length=1, max_length=256)]
 RedisField = Annotated[str, Field(min_length=1, max_length=128)]
-Amounts = Annotated[dict[str, Quantity], Field(max_length=16)]
+Amounts = Annotated[dict[str, Quantity], Field(max_length=16), NullIsAbsent]
 
 
 class AcceleratorPolicy(StrEnum):
@@ -176,7 +178,7 @@ class Accelerator(ApiObject):
     )
     count: Whole = Field(1, ge=1, le=16, description="Devices per pod.")
     provider: Provider = Field(Provider.CUDA, description="Execution provider of ONNX Runtime.")
-    provider_options: Annotated[dict[str, FreeText], Field(max_length=32)] = Field(
+    provider_options: Annotated[dict[str, FreeText], Field(max_length=32), NullIsAbsent] = Field(
         default_factory=dict, description="Options of the execution provider, handed on as they are."
     )
     device_class_name: DnsName | None = Field(
@@ -275,7 +277,7 @@ class Features(ApiObject):
     names: Annotated[list[RedisField], Field(min_length=1, max_length=256)] = Field(
         description="Fields of the hash, in the order of the columns."
     )
-    defaults: Annotated[dict[str, Number], Field(max_length=256)] = Field(
+    defaults: Annotated[dict[str, Number], Field(max_length=256), NullIsAbsent] = Field(
         default_factory=dict, description="Values of fields that are missing."
     )
     on_missing: OnMissing = Field(
@@ -419,8 +421,8 @@ class PodTemplate(ApiObject):
     """What is added to the pods."""
 
     labels: Labels = Field(default_factory=dict, description="Labels.")
-    annotations: Annotated[dict[str, Annotated[str, Field(max_length=4096)]], Field(max_length=64)] = Field(
-        default_factory=dict, description="Annotations."
+    annotations: Annotated[dict[str, Annotated[str, Field(max_length=4096)]], Field(max_length=64), NullIsAbsent] = (
+        Field(default_factory=dict, description="Annotations.")
     )
     node_selector: Labels = Field(default_factory=dict, description="Labels of nodes that pods may run on.")
     tolerations: Annotated[list[Toleration], Field(max_length=32)] = Field(

@@ -232,7 +232,7 @@ def test_json_that_is_no_manifest_is_explained(text: str, expected: str) -> None
         ("  pod: {env: [{name: A, value: true}]}", 'got true; quote it: "true"'),
         ("  pod: {labels: {example.com/a: 1}}", "spec.pod.labels[example.com/a]: expected a Kubernetes label value"),
         ("  pod: {labels: {example.com/a: {}}}", "at most 63 characters, got an empty object"),
-        ("  networking: {allowFrom: [null]}", "spec.networking.allowFrom[0]: expected an object, got null"),
+        ("  networking: {allowFrom: [null]}", "allowFrom[0]: expected an object of at most 64 entries, got null"),
         ("  pod: {priorityClassName: '" + "a" * 300 + "'}", "… (300 characters)"),
     ],
 )  # fmt: skip

@@ -79,6 +79,21 @@ def test_unknown_field_is_refused_strictly_and_ignored_leniently(where: str) -> 
     assert PhoenixModel.read(document, strict=False).spec.limits.timeout_seconds == 5
 
 
+def nested(levels: int) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for level in range(levels - 1):
+        found = {"a": found} if level % 3 else {"a": [found], "b": 1}
+    return found
+
+
+def test_object_that_is_passed_on_may_nest_but_not_without_end() -> None:
+    PhoenixModel.read(manifest(pod={"affinity": nested(20)}), strict=False)
+    with pytest.raises(ValidationError, match="expected a nesting of at most 32 levels"):
+        PhoenixModel.read(manifest(pod={"affinity": nested(40)}), strict=False)
+    with pytest.raises(ValidationError, match="expected a nesting of at most 32 levels"):
+        PhoenixModel.read(manifest(networking={"allowFrom": [nested(9000)]}), strict=False)
+
+
 def test_lenient_reading_still_refuses_wrong_values() -> None:
     with pytest.raises(ValidationError):
         PhoenixModel.read(manifest(limits={"timeoutSeconds": 0}), strict=False)
