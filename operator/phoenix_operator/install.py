@@ -15,12 +15,15 @@ from phoenix_operator import __version__
 from phoenix_operator.desired.naming import OPERATOR
 from phoenix_operator.kinds import (
     CHILDREN,
+    CONFIG_MAP,
+    DEPLOYMENT,
     EVENT,
     LEASE,
     NODE,
     PHOENIX_MODEL,
     POD,
     SECRET,
+    SERVICE,
     Kind,
 )
 from phoenix_operator.observed import Object
@@ -37,9 +40,11 @@ _LABELS = {
 }
 _SELECTOR = {"app.kubernetes.io/name": OPERATOR}
 _MODEL_PODS = {"app.kubernetes.io/part-of": "phoenix"}
-_WATCH = ["get", "list", "watch"]
+_WATCH = ["list", "watch"]
 # Server-side apply is a patch, and a create where the object is not there.
-_OWN = [*_WATCH, "create", "patch", "delete"]
+_OWN = ["get", *_WATCH, "create", "patch"]
+# Every model has these, so they are never taken away from one: they go with their owner.
+_LASTING = frozenset({CONFIG_MAP, SERVICE, DEPLOYMENT})
 
 
 def rule(kind: Kind, verbs: Sequence[str], *, subresource: str = "", names: Sequence[str] = ()) -> Object:
@@ -57,7 +62,7 @@ def model_rules(*, secrets: Sequence[str] | None) -> list[Object]:
         rule(PHOENIX_MODEL, ["patch"], subresource="status"),
         # owner references with blockOwnerDeletion ask for it where OwnerReferencesPermissionEnforcement is on
         rule(PHOENIX_MODEL, ["update"], subresource="finalizers"),
-        *(rule(kind, _OWN) for kind in CHILDREN),
+        *(rule(kind, _OWN if kind in _LASTING else [*_OWN, "delete"]) for kind in CHILDREN),
         rule(POD, _WATCH),
         *readable,
         rule(EVENT, ["get", "create", "update"]),
@@ -67,9 +72,8 @@ def model_rules(*, secrets: Sequence[str] | None) -> list[Object]:
 def cluster_rules() -> list[Object]:
     """Return the rights that only a cluster-wide install has: why a pod cannot be placed, and which kinds there are."""
     return [
-        rule(NODE, ["get", "list"]),
+        rule(NODE, ["list"]),
         {"apiGroups": ["apiextensions.k8s.io"], "resources": ["customresourcedefinitions"], "verbs": _WATCH},
-        {"apiGroups": [""], "resources": ["namespaces"], "verbs": _WATCH},
     ]
 
 
@@ -111,7 +115,8 @@ def manifests(*, namespaces: Sequence[str] = (), secrets: Sequence[str] = ()) ->
 def aggregated_roles() -> list[Object]:
     """Return what the built-in roles admin, edit and view are extended with."""
     write = ["create", "update", "patch", "delete", "deletecollection"]
-    roles = {"edit": [*_WATCH, *write], "view": _WATCH}
+    read = ["get", *_WATCH]
+    roles = {"edit": [*read, *write], "view": read}
     found = []
     for name, verbs in roles.items():
         labels = {f"rbac.authorization.k8s.io/aggregate-to-{name}": "true"}

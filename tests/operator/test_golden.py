@@ -2,7 +2,6 @@
 
 import copy
 import re
-from typing import Any
 
 import kubernetes_validate
 import pytest
@@ -20,21 +19,6 @@ KUBERNETES = ("1.34", "1.35", "1.36", "1.37")
 FROM_CRDS = (HTTP_ROUTE, POD_MONITOR, SERVICE_MONITOR)
 each_scenario = pytest.mark.parametrize("name", SCENARIOS)
 each_good_spec = pytest.mark.parametrize("case", GOOD, ids=lambda case: case.id)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _schemas_are_read_once() -> Any:
-    """The validator reads 2 MB of JSON for each object otherwise."""
-    read, known = kubernetes_validate.utils.schema_contents, {}
-
-    def read_once(filename: str, version: str) -> Any:
-        if filename not in known:
-            known[filename] = read(filename, version)
-        return known[filename]
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kubernetes_validate.utils, "schema_contents", read_once)
-        yield
 
 
 def is_checked(body: Object, version: str) -> bool:

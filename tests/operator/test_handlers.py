@@ -1,40 +1,17 @@
 """The watches: real kopf against a tiny API server."""
 
-import asyncio
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 from objects import SETTINGS
-from watch_server import WatchServer, serving
+from watch_server import Sink, WatchServer, watching
 
-from phoenix_operator import handlers
 from phoenix_operator.app import watched_kinds
 from phoenix_operator.kinds import CHILDREN, DEPLOYMENT, OPTIONAL, PHOENIX_MODEL, POD, POD_MONITOR, Kind
 from phoenix_operator.observed import Object
 from phoenix_operator.settings import Monitoring, MonitorKind, RouteKind, Routes, Settings
 
 SELECTOR = "app.kubernetes.io/managed-by=phoenix-operator"
-Told = tuple[Kind, str | None, str]
-
-
-class Sink:
-    """What the watches told, and a way to wait for more."""
-
-    def __init__(self) -> None:
-        self.told: list[Told] = []
-        self._more = asyncio.Event()
-
-    def __call__(self, kind: Kind, type_: str | None, body: Object) -> None:
-        self.told.append((kind, type_, body["metadata"]["name"]))
-        self._more.set()
-
-    async def until(self, holds: Callable[[list[Told]], bool]) -> None:
-        async with asyncio.timeout(20):
-            while not holds(self.told):
-                self._more.clear()
-                await self._more.wait()
 
 
 def model(name: str, version: int = 1) -> Object:
@@ -44,35 +21,6 @@ def model(name: str, version: int = 1) -> Object:
 def body(kind: Kind, name: str, version: int = 1) -> Object:
     metadata = {"name": name, "namespace": "ml", "uid": f"uid-{name}", "resourceVersion": str(version)}
     return {"apiVersion": kind.api_version, "kind": kind.kind, "metadata": metadata, "spec": {}}
-
-
-def watching(
-    server: WatchServer,
-    folder: Path,
-    patch: pytest.MonkeyPatch,
-    talk: Callable[[Sink], Any],
-    *,
-    settings: Settings = SETTINGS,
-    namespaces: tuple[str, ...] = (),
-) -> Sink:
-    """Watch while `talk` runs, then stop."""
-
-    async def main() -> Sink:
-        async with serving(server, folder) as kubeconfig:
-            patch.setenv("KUBECONFIG", str(kubeconfig))
-            sink, stop, ready = Sink(), asyncio.Event(), asyncio.Event()
-            kinds = watched_kinds(settings, frozenset())
-            watch = handlers.watch(kinds, sink, settings, namespaces=namespaces, stop=stop, ready=ready)
-            task = asyncio.create_task(watch)
-            async with asyncio.timeout(20):
-                await ready.wait()
-            await talk(sink)
-            stop.set()
-            async with asyncio.timeout(20):
-                await task
-            return sink
-
-    return asyncio.run(main())
 
 
 def test_listed_and_streamed_objects_reach_the_sink_and_nothing_is_written(

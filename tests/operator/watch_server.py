@@ -4,20 +4,27 @@ import asyncio
 import contextlib
 import json
 from collections import defaultdict
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
 from aiohttp import web
+from objects import SETTINGS
 
+from phoenix_operator import handlers
+from phoenix_operator.app import watched_kinds
 from phoenix_operator.kinds import Kind
 from phoenix_operator.observed import Object
+from phoenix_operator.settings import Settings
 
 NAMESPACES = Kind("", "v1", "Namespace", "namespaces")
 DEFINITIONS = Kind("apiextensions.k8s.io", "v1", "CustomResourceDefinition", "customresourcedefinitions")
+
+Told = tuple[Kind, str | None, str]
 
 
 @dataclass(frozen=True)
@@ -125,3 +132,51 @@ async def serving(server: WatchServer, folder: Path) -> AsyncIterator[Path]:
         yield file
     finally:
         await runner.cleanup()
+
+
+class Sink:
+    """What the watches told, and a way to wait for more."""
+
+    def __init__(self) -> None:
+        self.told: list[Told] = []
+        self._more = asyncio.Event()
+
+    def __call__(self, kind: Kind, type_: str | None, body: Object) -> None:
+        self.told.append((kind, type_, body["metadata"]["name"]))
+        self._more.set()
+
+    async def until(self, holds: Callable[[list[Told]], bool]) -> None:
+        async with asyncio.timeout(20):
+            while not holds(self.told):
+                self._more.clear()
+                await self._more.wait()
+
+
+def watching(
+    server: WatchServer,
+    folder: Path,
+    patch: pytest.MonkeyPatch,
+    talk: Callable[[Sink], Any],
+    *,
+    settings: Settings = SETTINGS,
+    served: frozenset[Kind] = frozenset(),
+    namespaces: tuple[str, ...] = (),
+) -> Sink:
+    """Watch while `talk` runs, then stop."""
+
+    async def main() -> Sink:
+        async with serving(server, folder) as kubeconfig:
+            patch.setenv("KUBECONFIG", str(kubeconfig))
+            sink, stop, ready = Sink(), asyncio.Event(), asyncio.Event()
+            kinds = watched_kinds(settings, served)
+            watch = handlers.watch(kinds, sink, settings, namespaces=namespaces, stop=stop, ready=ready)
+            task = asyncio.create_task(watch)
+            async with asyncio.timeout(20):
+                await ready.wait()
+            await talk(sink)
+            stop.set()
+            async with asyncio.timeout(20):
+                await task
+            return sink
+
+    return asyncio.run(main())
