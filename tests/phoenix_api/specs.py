@@ -147,7 +147,7 @@ GOOD = [
     good("uri-oci", **uri(OCI)),
     good("uri-configmap", **uri("configmap://iris-model/model.onnx")),
     good("null-is-absent", batching=None, model=SOURCE | {"sha256": None}),
-    good("null-in-a-map-is-absent", pod=dict.fromkeys(("labels", "annotations", "nodeSelector"), {"a": None}),
+    good("null-in-a-map-is-absent", pod={key: {"a": None} for key in ("labels", "annotations", "nodeSelector")},
          resources={"requests": {"cpu": None}}, runtime={"accelerator": {"providerOptions": {"a": None}}},
          features=FEATURES | {"defaults": {"a": None, "c": None}}, bindings=REDIS),
     good("quantity-as-integer", limits={"maxRequestBytes": 1048576}, resources={"requests": {"cpu": 2}}),
