@@ -22,13 +22,17 @@ from phoenix_operator.observed import Object
 
 FIELD_MANAGER = "phoenix-operator"
 _STATUS_MANAGER = "phoenix-operator-status"
+_RESET_MANAGER = "phoenix-operator-reset"
 _PAGE = 500
 _MOST_TRIES = 5
 _APPLY = "application/apply-patch+yaml"
+_JSON_PATCH, _MERGE_PATCH = "application/json-patch+json", "application/merge-patch+json"
 _ONLY_METADATA = "application/json;as=PartialObjectMetadata;g=meta.k8s.io;v=v1"
 _ONLY_METADATA_LIST = "application/json;as=PartialObjectMetadataList;g=meta.k8s.io;v=v1"
 # What the API server calls an internal error of its own, though the object or an admission webhook is at fault.
 _NOT_INTERNAL = ("failed to create typed patch object", "failed calling webhook")
+
+_Body = Object | list[Object] | None  # of a request
 
 # Told of each request: verb, HTTP code (0: no answer), seconds.
 Observer = Callable[[str, int, float], None]
@@ -172,6 +176,35 @@ class Cluster:
         )
         return stored
 
+    async def reset(self, kind: Kind, manifest: Object, live: Object) -> None:
+        """Replace the spec of an object whole, whoever owns its fields; `replicas` that the manifest leaves out stay.
+
+        For what no apply can mend, because what somebody added may not stand beside ours: a port of the same name under
+        another number, a second handler in a probe. The fields have no owner afterwards, so that the next apply has
+        them all, and can take each away again. Raises `ApiError`: 422 too if the object is another one by now.
+        """
+        metadata = manifest["metadata"]
+        path = kind.path(metadata["namespace"], metadata["name"])
+        replicas = {name: live["spec"][name] for name in ("replicas",) if name in live["spec"]}
+        spec = replicas | manifest["spec"]
+        steps: _Body = [
+            {"op": "test", "path": "/metadata/uid", "value": live["metadata"]["uid"]},
+            {"op": "replace", "path": "/spec", "value": spec},
+        ]
+        query = {"fieldManager": _RESET_MANAGER, "fieldValidation": "Strict"}
+        stored = await self._request("PATCH", path, query=query, body=steps, content_type=_JSON_PATCH, verb="RESET")
+        for last in _tries():
+            metadata = stored["metadata"]
+            owners = [row for row in metadata.get("managedFields", []) if row.get("manager") != _RESET_MANAGER]
+            body = {"metadata": {"resourceVersion": metadata["resourceVersion"], "managedFields": owners}}
+            try:
+                await self._request("PATCH", path, query=query, body=body, content_type=_MERGE_PATCH, verb="RESET")
+                return
+            except ApiError as error:
+                if error.code != 409 or last:  # its own controller may have been faster
+                    raise
+            stored = await self._request("GET", path)
+
     async def apply_status(self, kind: Kind, namespace: str, name: str, status: Object) -> Object:
         """Make the status so; return the object."""
         body = {
@@ -229,7 +262,7 @@ class Cluster:
         path: str,
         *,
         query: dict[str, str] | None = None,
-        body: Object | None = None,
+        body: _Body = None,
         content_type: str = "application/json",
         accept: str = "application/json",
         verb: str | None = None,
@@ -252,7 +285,7 @@ class Cluster:
         raise _error(code, answer, f"{verb or method} {path}")
 
     async def _once(
-        self, method: str, address: str, headers: dict[str, str], body: Object | None
+        self, method: str, address: str, headers: dict[str, str], body: _Body
     ) -> tuple[int, Any, float | None]:
         timeout = aiohttp.ClientTimeout(total=self._timeout_s, connect=min(self._timeout_s, 10))
         try:

@@ -193,7 +193,7 @@ class Reconciler:
             if body is not None and is_as_wanted(manifest, body):
                 refused.pop(place, None)
                 continue
-            stored = await self._apply(manifest, refused, is_new=body is None)
+            stored = await self._apply(manifest, body, refused)
             if stored is not None:
                 live[place] = stored
                 if body is not None or not is_first:
@@ -214,13 +214,13 @@ class Reconciler:
         return await self._parts.cluster.get(kind, manifest["metadata"]["namespace"], name)
 
     async def _apply(
-        self, manifest: Object, refused: dict[tuple[Kind, str], tuple[str, Refusal]], *, is_new: bool
+        self, manifest: Object, live: Object | None, refused: dict[tuple[Kind, str], tuple[str, Refusal]]
     ) -> Object | None:
         """Apply one object; None if the API server refuses it, which is then remembered with the reason."""
         kind, name = place = _place(manifest)
         wish = digest(manifest)
         try:
-            stored = await self._parts.cluster.apply(kind, manifest, is_first=is_new)
+            stored = await self._apply_or_reset(kind, manifest, live)
         except ApiError as error:
             if not error.is_refusal or error.is_namespace_ending:
                 raise
@@ -229,6 +229,21 @@ class Reconciler:
         refused.pop(place, None)
         self._parts.store.put(kind, stored)
         return stored
+
+    async def _apply_or_reset(self, kind: Kind, manifest: Object, live: Object | None) -> Object:
+        cluster = self._parts.cluster
+        try:
+            return await cluster.apply(kind, manifest, is_first=live is None)
+        except ApiError as error:
+            if live is None or error.code != 422 or "spec" not in manifest:
+                raise
+            try:
+                await cluster.reset(kind, manifest, live)
+            except ApiError as another:
+                if another.is_refusal:
+                    raise error from another  # it is our own wish that the API server refuses
+                raise
+        return await cluster.apply(kind, manifest)
 
     async def _tell_repair(self, subject: Subject, manifest: Object, before: Object | None) -> None:
         """Tell of an object that somebody else had changed or deleted; our own new wishes are no repair."""

@@ -141,6 +141,14 @@ class MemoryCluster:
             self.put(kind, after)
         return copy.deepcopy(self.objects[place])
 
+    async def reset(self, kind: Kind, manifest: Object, live: Object) -> None:
+        metadata = manifest["metadata"]
+        self._ask("patch", kind, metadata["name"])
+        found = self.objects.get((kind, metadata["namespace"], metadata["name"]))
+        if found is None or found["metadata"]["uid"] != live["metadata"]["uid"]:
+            raise ApiError(422, "Invalid", "the test failed")
+        self.put(kind, found | {"spec": copy.deepcopy(manifest["spec"])})
+
     async def apply_status(self, kind: Kind, namespace: str, name: str, status: Object) -> Object:
         self._ask("patch", kind, name, "status")
         if (kind, namespace, name) not in self.objects:
