@@ -8,6 +8,7 @@ apply under one field manager, so that the operator owns the fields it sends and
 import asyncio
 import json
 import random
+import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,7 +26,8 @@ _STATUS_MANAGER = "phoenix-operator-status"
 _RESET_MANAGER = "phoenix-operator-reset"
 _PAGE = 500
 _MOST_TRIES = 5
-_APPLY = "application/apply-patch+yaml"
+# With a parameter the `kubernetes` package sends text as it is.
+_APPLY = "application/apply-patch+yaml; charset=utf-8"
 _JSON_PATCH, _MERGE_PATCH = "application/json-patch+json", "application/merge-patch+json"
 _ONLY_METADATA = "application/json;as=PartialObjectMetadata;g=meta.k8s.io;v=v1"
 _ONLY_METADATA_LIST = "application/json;as=PartialObjectMetadataList;g=meta.k8s.io;v=v1"
@@ -288,9 +290,10 @@ class Cluster:
         self, method: str, address: str, headers: dict[str, str], body: _Body
     ) -> tuple[int, Any, float | None]:
         timeout = aiohttp.ClientTimeout(total=self._timeout_s, connect=min(self._timeout_s, 10))
+        text = _as_yaml(body) if headers["Content-Type"] == _APPLY else body
         try:
             response = await self._api.rest_client.request(
-                method, address, headers=headers, body=body, _request_timeout=timeout
+                method, address, headers=headers, body=text, _request_timeout=timeout
             )
             data = await response.read()
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
@@ -303,6 +306,16 @@ class Cluster:
 
 
 _IN_BACKGROUND = {"propagationPolicy": "Background"}
+
+
+# Raw in JSON, but no character of YAML, or the end of a line there.
+_NOT_IN_YAML = re.compile("[\x7f-\xa0\u2028\u2029\ufeff\ufffe\uffff]")
+
+
+def _as_yaml(body: object) -> str:
+    """Write JSON that is YAML too: the API server reads an apply as YAML, which has no surrogate pairs for an emoji."""
+    text = json.dumps(body, ensure_ascii=False)
+    return _NOT_IN_YAML.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
 def _tries() -> "list[bool]":

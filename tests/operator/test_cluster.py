@@ -145,7 +145,7 @@ def test_apply_is_server_side_forced_and_strict() -> None:
     assert found == MANIFEST
     assert (asked.method, asked.path, asked.body) == ("PATCH", FRAUD, MANIFEST)
     assert asked.query == {"fieldManager": "phoenix-operator", "fieldValidation": "Strict", "force": "true"}
-    assert asked.headers["Content-Type"] == "application/apply-patch+yaml"
+    assert asked.headers["Content-Type"] == "application/apply-patch+yaml; charset=utf-8"
 
 
 def test_first_apply_does_not_take_what_belongs_to_others() -> None:
@@ -165,7 +165,7 @@ def test_status_has_a_manager_of_its_own() -> None:
         "PATCH", "/apis/phoenix-ml.io/v1alpha1/namespaces/ml/phoenixmodels/fraud/status",
     )  # fmt: skip
     assert asked.query == {"fieldManager": "phoenix-operator-status", "force": "true"}
-    assert asked.headers["Content-Type"] == "application/apply-patch+yaml"
+    assert asked.headers["Content-Type"] == "application/apply-patch+yaml; charset=utf-8"
     assert asked.body == {
         "apiVersion": "phoenix-ml.io/v1alpha1", "kind": "PhoenixModel",
         "metadata": {"name": "fraud", "namespace": "ml"}, "status": status,
