@@ -77,6 +77,10 @@ format: $(DEV) ## Format the code
 generate: $(DEV) ## Write every generated file again
 	$(BIN)/python tools/generate.py
 
+.PHONY: manifests
+manifests: $(DEV) ## Write the operator's own manifests again (operator/manifests)
+	$(BIN)/phoenix-operator manifests operator/manifests/cluster
+
 .PHONY: golden
 golden: $(DEV) ## Write what models become again, for the tests to hold
 	$(BIN)/python tests/operator/scenarios.py

@@ -111,6 +111,27 @@ def _openapi() -> str:
     return json.dumps(openapi_document(), indent=2) + "\n"
 
 
+def _operator(page: str) -> Callable[[], str]:
+    def render() -> str:
+        import operator_pages
+
+        text: str = getattr(operator_pages, page)()
+        return _HEADER + text
+
+    return render
+
+
+def _manifest(name: str) -> Callable[[], str]:
+    def render() -> str:
+        from phoenix_api import crd
+        from phoenix_operator import install
+
+        return install.files(crd.render())[name]
+
+    return render
+
+
+_INSTALL = ("phoenixmodels.yaml", "operator.yaml", "kustomization.yaml")
 FILES: dict[str, Callable[[], str]] = {
     "crds/phoenixmodels.yaml": _api("crd"),
     "crds/phoenixmodel.schema.json": _api("schema"),
@@ -119,7 +140,13 @@ FILES: dict[str, Callable[[], str]] = {
     "docs/reference/reasons.md": _reasons,
     "docs/reference/metrics.md": _metrics,
     "docs/reference/openapi.json": _openapi,
+    "docs/reference/operator-settings.md": _operator("settings_page"),
+    "docs/reference/operator-metrics.md": _operator("metrics_page"),
     "docs/reasons/README.md": _condition_reasons,
+    **{
+        f"{_MANIFESTS}/{name}": _manifest(name)
+        for name in ("phoenixmodels.yaml", "operator.yaml", "kustomization.yaml")
+    },
 }
 # Generators that keep several files, some binary, and know themselves how to check them.
 SCRIPTS = (("tools/generate_proto.py",), ("examples/build.py",))
