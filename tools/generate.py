@@ -143,10 +143,7 @@ FILES: dict[str, Callable[[], str]] = {
     "docs/reference/operator-settings.md": _operator("settings_page"),
     "docs/reference/operator-metrics.md": _operator("metrics_page"),
     "docs/reasons/README.md": _condition_reasons,
-    **{
-        f"{_MANIFESTS}/{name}": _manifest(name)
-        for name in ("phoenixmodels.yaml", "operator.yaml", "kustomization.yaml")
-    },
+    **{f"operator/manifests/cluster/{name}": _manifest(name) for name in _INSTALL},
 }
 # Generators that keep several files, some binary, and know themselves how to check them.
 SCRIPTS = (("tools/generate_proto.py",), ("examples/build.py",))

@@ -21,8 +21,8 @@ def settings_page() -> str:
         "# Settings of phoenix-operator\n\n"
         "One YAML file, named with `phoenix-operator run --settings FILE`; the install folder keeps it in the\n"
         "ConfigMap `phoenix-operator-settings`, under `settings.yaml`. It is read once, at the start. A field that is\n"
-        "absent has its default; an unknown or wrong one is named and ends the process with exit code 2. `render` takes\n"
-        "the same file. Durations are in seconds.\n\n" + "\n".join(sections)
+        "absent has its default; an unknown or wrong one is named and ends the process with exit code 2. `render`\n"
+        "takes the same file. Durations are in seconds.\n\n" + "\n".join(sections)
     )
 
 
