@@ -80,7 +80,7 @@ def _settings(kinds: Sequence[Kind], settings: Settings, *, is_namespaced: bool)
     ours = kopf.OperatorSettings()
     ours.watching.server_timeout, ours.watching.client_timeout = 290, 310
     ours.watching.connect_timeout, ours.watching.reconnect_backoff = 10, 1.0
-    ours.watching.chunk_size = 500
+    ours.watching.chunk_size = 100  # all kinds are listed at once, and a page of parsed objects takes megabytes
     for kind in kinds:
         if kind is not PHOENIX_MODEL:
             ours.watching.label_selectors[kind.group, kind.version, kind.plural] = SELECTOR

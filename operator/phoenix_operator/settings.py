@@ -109,9 +109,12 @@ class Settings(ApiObject):
     extra_egress: Annotated[list[Passthrough], Field(max_length=32)] = Field(
         default_factory=list, description="NetworkPolicyEgressRules added for every model, for example a proxy."
     )
-    workers: Whole = Field(8, ge=1, le=64, description="Models that are reconciled at the same time.")
+    workers: Whole = Field(32, ge=1, le=64, description="Models that are reconciled at the same time.")
     resync_seconds: Whole = Field(600, ge=10, le=86_400, description="Time after which each model is looked at again.")
-    api_requests_per_second: Whole = Field(200, ge=1, le=10_000, description="Pace of requests to the API server.")
+    # more than one process can send: the API server's own priority and fairness sets the pace, by 429 and Retry-After
+    api_requests_per_second: Whole = Field(
+        2000, ge=1, le=10_000, description="Highest pace of requests to the API server."
+    )
     request_timeout_seconds: Number = Field(30, gt=0, le=300, description="Deadline of a request to the API server.")
     state_timeout_seconds: Number = Field(2, gt=0, le=60, description="Deadline of a question to a pod.")
     lease_seconds: Whole = Field(15, ge=5, le=300, description="Time after which a silent leader is replaced.")

@@ -51,7 +51,7 @@ def test_listed_and_streamed_objects_reach_the_sink_and_nothing_is_written(
         expected = None if seen.kind == PHOENIX_MODEL else SELECTOR
         assert seen.query.get("labelSelector") == expected, seen
         if seen.verb == "list":
-            assert seen.query["limit"] == "500"
+            assert seen.query["limit"] == "100"
         else:
             assert seen.query["timeoutSeconds"] == "290"
 
