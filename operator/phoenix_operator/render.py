@@ -18,17 +18,19 @@ NO_UID = "00000000-0000-0000-0000-000000000000"  # owner references need one; th
 
 def render(paths: Sequence[Path], settings: Settings, *, operator_namespace: str) -> int:
     """Print the objects as YAML; return 1 if a model would not be accepted. Raises `ManifestError`."""
-    is_accepted = True
+    refused = 0
     for manifest in read_manifests(paths):
         subject = subject_of(manifest)
         observed = Observed(served_kinds=OPTIONAL)
-        for fault in faults(subject, observed, settings):
+        found = faults(subject, observed, settings)
+        for fault in found:
             print(f"{manifest.file}: {subject.name}: {fault.reason}: {fault.message}", file=sys.stderr)
-            is_accepted = False
-        if is_accepted:
+        if found:
+            refused += 1
+        else:
             objects = desired_objects(subject, observed, settings, operator_namespace=operator_namespace)
             sys.stdout.write(as_yaml(objects))
-    return 0 if is_accepted else 1
+    return 1 if refused else 0
 
 
 def subject_of(manifest: Manifest) -> Subject:
