@@ -12,6 +12,9 @@ from phoenix_operator import __version__
 from phoenix_operator.settings import Settings, SettingsError, read_settings
 
 _log = logging.getLogger(__name__)
+# The API server stores objects of up to 10,000 levels of JSON, and a list of them has two more. Python gives up at a
+# thousand, which would end the watches again and again, for all models because of one.
+_JSON_LEVELS = 12_000
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -69,6 +72,7 @@ def _run(options: argparse.Namespace, settings: Settings) -> int:
     from phoenix_operator import app, logs
 
     logs.configure(options.log_level)
+    sys.setrecursionlimit(_JSON_LEVELS)
     identity = os.environ.get("POD_NAME") or f"{socket.gethostname()}-{os.getpid()}"
     place = app.Place(os.environ.get("POD_NAMESPACE") or "phoenix-system", identity, options.namespaces)
     try:
