@@ -37,6 +37,7 @@ def happenings(before: Sequence[Object], after: Sequence[Object]) -> list[Happen
     """Return what is worth an event in the change from one list of conditions to the next."""
     old = {row["type"]: row for row in before}
     found: dict[str, Happening] = {}
+    causes = {row["reason"] for row in after if row["status"] == "False"}
     for row in after:
         was = old.get(row["type"], {})
         is_new = (was.get("status"), was.get("reason")) != (row["status"], row["reason"])
@@ -45,7 +46,11 @@ def happenings(before: Sequence[Object], after: Sequence[Object]) -> list[Happen
         is_ready = row["type"] == ConditionType.READY
         if row["status"] == "False" and not is_ready:
             # one cause often fails several conditions: it is told once
-            found.setdefault(row["reason"], Happening("Warning", row["reason"], row["message"]))
+            if row["reason"] == Reason.CRASH_LOOP and row["message"].partition(":")[0] in causes:
+                continue
+            # no pods are what was asked for
+            kind: Literal["Normal", "Warning"] = "Normal" if row["reason"] == Reason.SCALED_TO_ZERO else "Warning"
+            found.setdefault(row["reason"], Happening(kind, row["reason"], row["message"]))
         elif row["reason"] == Reason.SCHEMA_CHANGED:
             found.setdefault(row["reason"], Happening("Warning", row["reason"], row["message"]))
         elif row["status"] == "True" and (is_ready or (row["type"] == ConditionType.PROGRESSING and was)):
