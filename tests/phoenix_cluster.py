@@ -172,6 +172,32 @@ class Phoenix:
         answer: Object = json.loads(tools.infer(self.kubectl, namespace, f"{name}.{namespace}.svc", name))
         return answer
 
+    @contextmanager
+    def load(self, *command: str, least: int = 0) -> Iterator[Object]:
+        """Requests while the block runs; afterwards the object has their number, failures and versions.
+
+        `command` runs Python with the program `load.py` (written `PROGRAM`), its host, model and number of clients.
+        """
+        program = (Path(__file__).parent / "cluster/load.py").read_text()
+        process = subprocess.Popen(
+            [part.replace("PROGRAM", program) for part in (*command, str(least))],
+            env=self.kubectl.environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        result: Object = {}
+        try:
+            yield result
+            out, err = process.communicate(input="", timeout=200)
+            assert process.returncode == 0, err
+            result |= json.loads(out)
+        finally:
+            if process.poll() is None:
+                process.kill()
+                process.communicate()
+
     # --- the operator ------------------------------------------------------------------------------------------------
 
     def set_settings(self, settings: Object) -> None:
@@ -221,6 +247,12 @@ class Phoenix:
         """Return /metrics of the leader."""
         path = f"/api/v1/namespaces/{tools.OPERATOR_NAMESPACE}/pods/{self.leader()}:8080/proxy/metrics"
         return self.kubectl("get", "--raw", path)
+
+    def operator_log(self, since: str) -> list[Object]:
+        """Return what the operators have logged since a time as in RFC 3339."""
+        where = ("-n", tools.OPERATOR_NAMESPACE, "-l", "app.kubernetes.io/name=phoenix-operator")
+        text = self.kubectl("logs", *where, f"--since-time={since}", "--tail=-1")
+        return [json.loads(line) for line in text.splitlines() if line.startswith("{")]
 
     def report(self, namespace: str) -> str:
         """Return what helps to understand a failure: models, pods, events, the operator's log."""
