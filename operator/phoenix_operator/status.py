@@ -21,7 +21,7 @@ from phoenix_operator.desired import config
 from phoenix_operator.desired.accelerator import ask
 from phoenix_operator.desired.acceptance import Fault, prefers
 from phoenix_operator.desired.deployment import is_in_place, is_withheld, template_hash
-from phoenix_operator.desired.naming import GRPC_PORT, HTTP_PORT, selector
+from phoenix_operator.desired.naming import GRPC_PORT, HTTP_PORT, MODEL, selector
 from phoenix_operator.desired.network import path_prefix
 from phoenix_operator.kinds import DEPLOYMENT
 from phoenix_operator.observed import TEMPLATE, Failure, Loaded, Missing, Object, Observed, Pod, Reference, Subject
@@ -38,6 +38,7 @@ _NEXT_STEP = {
     Reason.UNSUPPORTED_OPSET: "export with an older opset, or take a newer spec.runtime.image",
 }
 _ABOUT_QUOTA = "raise the quota, or ask for less"
+_ABOUT_CLAIMS = "create the claim that spec.model names, or see why it is not bound: `kubectl describe pvc`"
 _MESSAGE_LIMIT = 2000
 _PULL_FAILURES = {"ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull", "RegistryUnavailable"}
 _CONFIG_FAILURES = {"CreateContainerConfigError", "CreateContainerError"}
@@ -368,7 +369,8 @@ class _View:
             return _no(Reason.CONFIGURATION_MISSING, _absent(missing))
         if evicted := next((pod.evicted for pod in self.gone if pod.evicted), None):
             return _no(Reason.LOADING, f"a pod was ended by its node and is made again: {evicted}")
-        return _no(Reason.LOADING, "pods are starting or loading the model")
+        pods = f"`kubectl describe pods -l {MODEL}={self.subject.name}`"
+        return _no(Reason.LOADING, f"pods are starting or loading the model; if that lasts, see {pods}")
 
     def _missing_configuration(self, pods: Sequence[Pod]) -> Verdict | None:
         for pod in pods:
@@ -419,8 +421,11 @@ class _View:
 
     def _cannot_be_placed(self, _: Sequence[Pod]) -> Verdict | None:
         words = self._unschedulable()
-        step = "free or add what is short, or ask for less"
-        return _no(Reason.UNSCHEDULABLE, f"{words}; {step}") if words else None
+        if words is None:
+            return None
+        is_about_claim = "persistentvolumeclaim" in words.lower()
+        step = _ABOUT_CLAIMS if is_about_claim else "free or add what is short, or ask for less"
+        return _no(Reason.UNSCHEDULABLE, f"{words}; {step}")
 
     def _not_even_made(self) -> Verdict | None:
         for refusal in self.observed.refusals:
@@ -435,8 +440,8 @@ class _View:
             return _no(Reason.QUOTA_EXCEEDED, f"{message}; {_ABOUT_QUOTA}")
         return _no(
             Reason.PODS_REFUSED,
-            f"{message}; a rule of the namespace forbids these pods (LimitRange, Pod Security, a webhook): "
-            "change the rule or the spec",
+            f"{message}; mend the spec, or the rule of the namespace that forbids such pods (LimitRange, Pod Security, "
+            "a webhook)",
         )
 
     def _memory_limit(self) -> str:
