@@ -144,13 +144,13 @@ class _Operator:
         self._metrics.leader.set(1)
         await self._resync.discover()
         workers = [asyncio.create_task(self._work(stop)) for _ in range(self._settings.workers)]
-        chores: tuple[Coroutine[Any, Any, None], ...] = (
+        endless: tuple[Coroutine[Any, Any, None], ...] = (
             self._measure(),
-            self._take_signals_back(stop),
             self._resync.look_at_models(),
             self._resync.look_at_kinds(),
         )
-        background = [asyncio.create_task(chore) for chore in chores]
+        chores = [asyncio.create_task(chore) for chore in endless]
+        signals = asyncio.create_task(self._take_signals_back(stop))
         holding = asyncio.create_task(self._lease.hold())
         stop_watching = asyncio.Event()
         watching = asyncio.create_task(
@@ -164,13 +164,13 @@ class _Operator:
             )
         )
         stopping = asyncio.create_task(stop.wait())
-        await asyncio.wait({holding, watching, stopping}, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait({holding, watching, stopping, *chores}, return_when=asyncio.FIRST_COMPLETED)
         if holding.done():
             # somebody else may lead already: not one more write
             _log.error("the lease is lost; ending")
             logging.shutdown()
             os._exit(1)
-        for task in (holding, *background):
+        for task in (holding, signals, *chores):
             task.cancel()
         stop_watching.set()
         await _settle(self._finish(workers))
@@ -179,8 +179,9 @@ class _Operator:
         await asyncio.wait({watching}, timeout=20)
         stopping.cancel()
         watching.cancel()
-        if watching.done() and not watching.cancelled() and (error := watching.exception()):
-            raise error
+        for task in (watching, *chores):
+            if task.done() and not task.cancelled() and (error := task.exception()):
+                raise error
 
     def health(self) -> list[str]:
         """Return what is wrong with the work."""
