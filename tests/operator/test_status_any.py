@@ -119,7 +119,7 @@ def situations(draw: st.DrawFn) -> tuple[Subject, Observed]:
 
 
 any_situation = settings(
-    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large]
+    max_examples=80, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large]
 )
 
 
