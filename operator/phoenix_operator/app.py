@@ -13,7 +13,7 @@ import signal
 import time
 from collections.abc import AsyncIterator, Coroutine, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 from phoenix_operator import handlers, probes
 from phoenix_operator.cluster import Cluster
@@ -166,14 +166,17 @@ class _Operator:
         stopping = asyncio.create_task(stop.wait())
         await asyncio.wait({holding, watching, stopping, *chores}, return_when=asyncio.FIRST_COMPLETED)
         if holding.done():
-            # somebody else may lead already: not one more write
-            _log.error("the lease is lost; ending")
-            logging.shutdown()
-            os._exit(1)
-        for task in (holding, signals, *chores):
+            _leave()
+        for task in (signals, *chores):
             task.cancel()
         stop_watching.set()
-        await _settle(self._finish(workers))
+        # the lease is held until the last reconcile is done
+        settling = asyncio.create_task(_settle(self._finish(workers)))
+        await asyncio.wait({holding, settling}, return_when=asyncio.FIRST_COMPLETED)
+        if holding.done():
+            _leave()
+        holding.cancel()
+        await asyncio.wait({holding})
         self._metrics.leader.set(0)
         await self._lease.release()
         await asyncio.wait({watching}, timeout=20)
@@ -246,6 +249,13 @@ class _Operator:
 def _on_signals(stop: asyncio.Event) -> None:
     for signum in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(signum, stop.set)
+
+
+def _leave() -> NoReturn:
+    """End the process on the spot: somebody else may lead already, so there must not be one more write."""
+    _log.error("the lease is lost; ending")
+    logging.shutdown()
+    os._exit(1)
 
 
 async def _settle(work: Coroutine[Any, Any, None]) -> None:

@@ -15,6 +15,7 @@ from world import KEY, States
 from phoenix_operator import app
 from phoenix_operator.cluster import ApiError, Cluster
 from phoenix_operator.kinds import CHILDREN, DEPLOYMENT, LEASE, OPTIONAL, PHOENIX_MODEL, POD, Kind
+from phoenix_operator.leader import Lease
 from phoenix_operator.metrics import Metrics
 from phoenix_operator.observed import Object
 from phoenix_operator.pod_state import PodStates
@@ -94,6 +95,12 @@ async def running(
         found.stop.set()
         with contextlib.suppress(Exception):
             await asyncio.wait_for(found.task, 60)
+
+
+def lease(cluster: MemoryCluster) -> Lease:
+    """Return the lease as another process sees it."""
+    names = {"namespace": "phoenix-system", "name": "phoenix-operator"}
+    return Lease(cast(Cluster, cluster), **names, identity="operator-2", seconds=5)
 
 
 Talk = Callable[[pytest.MonkeyPatch], Coroutine[Any, Any, None]]
@@ -254,6 +261,28 @@ async def test_running_reconcile_is_finished_before_the_lease_is_given_back(patc
         kinds = [call.kind for call in cluster.writes]
         assert DEPLOYMENT in kinds
         assert kinds[-1] is LEASE
+
+
+@simulated
+async def test_standby_begins_only_after_the_last_reconcile_of_the_leader(patch: pytest.MonkeyPatch) -> None:
+    cluster = with_a_model()
+    plain, begun = cluster.apply, asyncio.Event()
+
+    async def slow(kind: Kind, manifest: Object, *, is_first: bool = False) -> Object:
+        begun.set()
+        await asyncio.sleep(1.5)
+        return await plain(kind, manifest, is_first=is_first)
+
+    patch.setattr(cluster, "apply", slow)
+    async with running(patch, cluster, Settings(workers=1, lease_seconds=5)) as it:
+        await begun.wait()
+        standby = lease(cluster)
+        taking = asyncio.create_task(standby.acquire())
+        it.stop.set()
+        await asyncio.wait({taking, it.task}, return_when=asyncio.FIRST_COMPLETED)
+        assert it.task.done()
+        assert cluster.of_kind(DEPLOYMENT), "the reconcile took longer than the lease"
+        await asyncio.wait_for(taking, 2)
 
 
 @simulated
