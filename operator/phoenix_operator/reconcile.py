@@ -17,7 +17,6 @@ from phoenix_api.faults import explain, path_of
 from phoenix_operator.cluster import ApiError, Cluster
 from phoenix_operator.desired import desired_objects
 from phoenix_operator.desired.acceptance import faults
-from phoenix_operator.desired.naming import digest
 from phoenix_operator.desired.network import path_prefix
 from phoenix_operator.desired.source import config_map_source
 from phoenix_operator.difference import is_as_wanted
@@ -55,7 +54,7 @@ class Reconciler:
 
     def __init__(self, parts: Parts) -> None:
         self._parts = parts
-        self._refused: dict[Key, dict[tuple[Kind, str], tuple[str, Refusal]]] = {}
+        self._refused: dict[Key, dict[tuple[Kind, str], Refusal]] = {}
 
     async def __call__(self, key: Key) -> float | None:
         """Reconcile one model; return in how many seconds it should be looked at again, or None.
@@ -119,7 +118,7 @@ class Reconciler:
             loaded=loaded,
             served_kinds=parts.served_kinds(),
             missing=missing,
-            refusals=[refusal for _, refusal in self._refused.get(key, {}).values()],
+            refusals=list(self._refused.get(key, {}).values()),
             host_owner=self._host_owner(subject),
             shortfall=shortfall,
             now=_now(),
@@ -207,24 +206,23 @@ class Reconciler:
                 live.pop(place)
         if not refused:
             self._refused.pop(key)
-        return replace(observed, children=live, refusals=[refusal for _, refusal in refused.values()])
+        return replace(observed, children=live, refusals=list(refused.values()))
 
     async def _find(self, manifest: Object) -> Object | None:
         kind, name = _place(manifest)
         return await self._parts.cluster.get(kind, manifest["metadata"]["namespace"], name)
 
     async def _apply(
-        self, manifest: Object, live: Object | None, refused: dict[tuple[Kind, str], tuple[str, Refusal]]
+        self, manifest: Object, live: Object | None, refused: dict[tuple[Kind, str], Refusal]
     ) -> Object | None:
         """Apply one object; None if the API server refuses it, which is then remembered with the reason."""
         kind, name = place = _place(manifest)
-        wish = digest(manifest)
         try:
             stored = await self._apply_or_reset(kind, manifest, live)
         except ApiError as error:
             if not error.is_refusal or error.is_namespace_ending:
                 raise
-            refused[place] = wish, Refusal(kind, name, error.code, error.message, error.is_quota)
+            refused[place] = Refusal(kind, name, error.code, error.message, error.is_quota)
             return None
         refused.pop(place, None)
         self._parts.store.put(kind, stored)

@@ -21,13 +21,20 @@ from phoenix_operator.desired import config
 from phoenix_operator.desired.accelerator import ask
 from phoenix_operator.desired.acceptance import Fault, prefers
 from phoenix_operator.desired.deployment import is_in_place, is_withheld, template_hash
-from phoenix_operator.desired.naming import GRPC_PORT, HTTP_PORT, MODEL, selector
+from phoenix_operator.desired.naming import GRPC_PORT, HTTP_PORT, selector
 from phoenix_operator.desired.network import path_prefix
-from phoenix_operator.kinds import DEPLOYMENT
-from phoenix_operator.observed import TEMPLATE, Failure, Loaded, Missing, Object, Observed, Pod, Reference, Subject
+from phoenix_operator.observed import TEMPLATE, Loaded, Object, Observed, Pod, Subject
 from phoenix_operator.settings import Settings
+from phoenix_operator.trouble import (
+    REASON_OF,
+    REASONS,
+    Trouble,
+    absent,
+    deployment_condition,
+    trouble_of,
+    unschedulable,
+)
 
-_REASONS = {str(reason): reason for reason in Reason}
 _CPU = "CPUExecutionProvider"
 _NOTHING_DONE = "nothing is done about a spec that is not accepted"
 _NEXT_STEP = {
@@ -37,14 +44,9 @@ _NEXT_STEP = {
     Reason.FETCH_FAILED: "check spec.model.uri, its store and the network policies",
     Reason.UNSUPPORTED_OPSET: "export with an older opset, or take a newer spec.runtime.image",
 }
-_ABOUT_QUOTA = "raise the quota, or ask for less"
-_ABOUT_CLAIMS = "create the claim that spec.model names, or see why it is not bound: `kubectl describe pvc`"
 _MESSAGE_LIMIT = 2000
-_PULL_FAILURES = {"ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull", "RegistryUnavailable"}
-_CONFIG_FAILURES = {"CreateContainerConfigError", "CreateContainerError"}
 _VERIFIED_REASONS = frozenset(CONDITIONS[ConditionType.MODEL_VERIFIED].otherwise) - {Reason.LOADING}
 _ACCELERATOR_REASONS = frozenset(CONDITIONS[ConditionType.ACCELERATOR_READY].otherwise) - {Reason.LOADING}
-_AVAILABLE_REASONS = frozenset(CONDITIONS[ConditionType.AVAILABLE].otherwise)
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,14 +226,14 @@ class _View:
             return _yes(Reason.VERIFIED, f"version {version} is loaded{digest}")
         for pod in self.new:
             if (failure := pod.failure) and failure.is_own and failure.reason in _VERIFIED_REASONS:
-                reason = _REASONS[failure.reason]
+                reason = REASONS[failure.reason]
                 step = f"; {_NEXT_STEP[reason]}" if reason in _NEXT_STEP else ""
                 return _no(reason, f"version {version}: {failure.message}{step}{self._what_serves()}")
         for missing in self.observed.missing:
             if missing.field.startswith("spec.model."):
-                return _no(_REASON_OF[missing.kind], _absent(missing))
+                return _no(REASON_OF[missing.kind], absent(missing))
         if was_verified:
-            return _yes(_REASONS[before["reason"]], before["message"])  # that its pods ended since does not unmake it
+            return _yes(REASONS[before["reason"]], before["message"])  # that its pods ended since does not unmake it
         if self.is_left_alone:
             return _unknown(_NOTHING_DONE)
         return _unknown(f"no pod has loaded version {version} yet", Reason.LOADING)
@@ -242,7 +244,7 @@ class _View:
         what = asked.what
         for pod in self.new:
             if (failure := pod.failure) and failure.is_own and failure.reason in _ACCELERATOR_REASONS:
-                return _no(_REASONS[failure.reason], failure.message)
+                return _no(REASONS[failure.reason], failure.message)
         if is_withheld(self.subject, self.observed, self.settings):
             return _no(
                 Reason.FELL_BACK_TO_CPU,
@@ -260,7 +262,7 @@ class _View:
                     "check driver, runtime class and the GPU variant of the server image",
                 )
             return _yes(Reason.SESSION_ON_ACCELERATOR, f"sessions run on {loaded.provider}")
-        if words := self._unschedulable():
+        if words := unschedulable(self.observed, self.new):
             return _no(Reason.UNSCHEDULABLE, f"asked for {asked.count} of {what} per pod: {words}; free or add devices")
         if self.is_left_alone:
             return _unknown(_NOTHING_DONE)
@@ -274,7 +276,7 @@ class _View:
             return _no(Reason.SCALED_TO_ZERO, "spec.replicas is 0; scale it up to serve")
         if self.is_left_alone and self.observed.deployment is None:
             return _unknown(_NOTHING_DONE)
-        return self._why_not_available()
+        return _no(*self._trouble_of_new_pods())
 
     def _progressing(self) -> Verdict:
         deployment = self.observed.deployment
@@ -283,7 +285,7 @@ class _View:
             return _unknown(f"{_NOTHING_DONE}{self._what_serves()}")
         if deployment is None:
             return _yes(Reason.ROLLING_OUT, f"version {version}: the Deployment is not there yet")
-        row = _deployment_condition(deployment, "Progressing")
+        row = deployment_condition(deployment, "Progressing")
         why = self._why_new_pods_fail()
         if row.get("reason") == "ProgressDeadlineExceeded" and not self._is_rolled_out():
             seconds = self.subject.spec.rollout.progress_deadline_seconds
@@ -326,12 +328,6 @@ class _View:
         ]
         return f"unlike version {known['version']}: {'; '.join(changed)}; check its callers" if changed else ""
 
-    def _unschedulable(self) -> str | None:
-        words = next((pod.unschedulable for pod in self.new if pod.unschedulable is not None), None)
-        if words is None:
-            return None
-        return f"{words}{f' ({self.observed.shortfall})' if self.observed.shortfall else ''}"
-
     def _what_serves(self) -> str:
         """Say that the old version goes on, where it does."""
         old = [pod for pod in self.old if pod.is_ready]
@@ -352,122 +348,12 @@ class _View:
         """Return the failure of the wanted version in a few words; empty while it merely loads."""
         if self.new and all(pod.is_ready for pod in self.new) and len(self.new) >= self.subject.spec.replicas:
             return ""
-        verdict = self._why_not_available()
-        if verdict.reason is Reason.LOADING:
-            return ""
-        return f"{verdict.reason}: {verdict.message}"
+        reason, message = self._trouble_of_new_pods()
+        return "" if reason is Reason.LOADING else f"{reason}: {message}"
 
-    def _why_not_available(self) -> Verdict:
-        waiting = [pod for pod in self.new if not pod.is_ready]
-        for finding in (self._missing_configuration, self._pull_failure, self._ended, self._cannot_be_placed):
-            if verdict := finding(waiting):
-                return verdict
-        if verdict := self._not_even_made():
-            return verdict
-        missing = next(iter(self.observed.missing), None)
-        if missing is not None:
-            return _no(Reason.CONFIGURATION_MISSING, _absent(missing))
-        if evicted := next((pod.evicted for pod in self.gone if pod.evicted), None):
-            return _no(Reason.LOADING, f"a pod was ended by its node and is made again: {evicted}")
-        pods = f"`kubectl describe pods -l {MODEL}={self.subject.name}`"
-        return _no(Reason.LOADING, f"pods are starting or loading the model; if that lasts, see {pods}")
-
-    def _missing_configuration(self, pods: Sequence[Pod]) -> Verdict | None:
-        for pod in pods:
-            if pod.waiting and pod.waiting[0] in _CONFIG_FAILURES:
-                state, words = pod.waiting
-                advice = "; spec.pod.env refers to it: create it, and the pod starts by itself"
-                is_advised = state == "CreateContainerConfigError"
-                return _no(Reason.CONFIGURATION_MISSING, f"pod {pod.name}: {words}{advice if is_advised else ''}")
-        return None
-
-    def _pull_failure(self, pods: Sequence[Pod]) -> Verdict | None:
-        for pod in pods:
-            if pod.waiting and pod.waiting[0] in _PULL_FAILURES:
-                whose = "spec.runtime.image" if self.subject.spec.runtime.image else "the operator's serverImage"
-                uri = self.subject.spec.model.uri
-                if uri.startswith("oci://") and uri[len("oci://") :].partition("#")[0] in pod.waiting[1]:
-                    whose = "spec.model.uri"
-                return _no(
-                    Reason.IMAGE_PULL_FAILED, f"pod {pod.name}: {pod.waiting[1] or pod.waiting[0]}; check {whose}"
-                )
-        return None
-
-    def _ended(self, pods: Sequence[Pod]) -> Verdict | None:
-        for pod in pods:
-            if (failure := pod.failure) is not None:
-                return self._why_it_ended(pod, failure)
-        return None
-
-    def _why_it_ended(self, pod: Pod, failure: Failure) -> Verdict:
-        if failure.reason == "OOMKilled":
-            limit = self._memory_limit()
-            return _no(
-                Reason.OUT_OF_MEMORY,
-                f"pod {pod.name} was ended for exceeding its memory limit{limit}; raise spec.resources.requests.memory "
-                "and limits.memory, or lower batching.maxRows",
-            )
-        if failure.is_own and failure.reason in _AVAILABLE_REASONS:
-            advice = "; correct it in spec.pod.env" if failure.reason == Reason.INVALID_SETTING else ""
-            return _no(_REASONS[failure.reason], f"pod {pod.name}: {failure.message}{advice}")
-        if failure.is_own:
-            return _no(Reason.CRASH_LOOP, f"{failure.reason}: {failure.message} (pod {pod.name}, {_times(pod)})")
-        code = "" if failure.exit_code is None else f" with exit code {failure.exit_code}"
-        words = f": {failure.message}" if failure.message else ""
-        return _no(
-            Reason.CRASH_LOOP,
-            f"pod {pod.name} ended{code}{words} ({_times(pod)}); see `kubectl logs {pod.name} --previous`",
-        )
-
-    def _cannot_be_placed(self, _: Sequence[Pod]) -> Verdict | None:
-        words = self._unschedulable()
-        if words is None:
-            return None
-        is_about_claim = "persistentvolumeclaim" in words.lower()
-        step = _ABOUT_CLAIMS if is_about_claim else "free or add what is short, or ask for less"
-        return _no(Reason.UNSCHEDULABLE, f"{words}; {step}")
-
-    def _not_even_made(self) -> Verdict | None:
-        for refusal in self.observed.refusals:
-            if refusal.is_quota:
-                return _no(Reason.QUOTA_EXCEEDED, f"{refusal.kind} {refusal.name}: {refusal.message}; {_ABOUT_QUOTA}")
-        deployment = self.observed.deployment
-        failure = _deployment_condition(deployment, "ReplicaFailure") if deployment else {}
-        if failure.get("status") != "True":
-            return None
-        message = failure.get("message", "")
-        if "exceeded quota" in message:
-            return _no(Reason.QUOTA_EXCEEDED, f"{message}; {_ABOUT_QUOTA}")
-        return _no(
-            Reason.PODS_REFUSED,
-            f"{message}; mend the spec, or the rule of the namespace that forbids such pods (LimitRange, Pod Security, "
-            "a webhook)",
-        )
-
-    def _memory_limit(self) -> str:
-        deployment = self.observed.deployment
-        containers = deployment["spec"]["template"]["spec"]["containers"] if deployment else []
-        limit = containers[0].get("resources", {}).get("limits", {}).get("memory") if containers else None
-        return f" of {limit}" if limit else ""
+    def _trouble_of_new_pods(self) -> Trouble:
+        return trouble_of(self.subject, self.observed, new=self.new, gone=self.gone)
 
 
 def _signature(tensors: Sequence[Object]) -> str:
     return ", ".join(f"{row['name']} {row['datatype']} {row['shape']}" for row in tensors) or "none"
-
-
-_REASON_OF = {Reference.SECRET: Reason.SECRET_MISSING, Reference.CONFIG_MAP: Reason.NOT_FOUND}
-
-
-def _absent(missing: Missing) -> str:
-    key = f" has no key {missing.key}" if missing.key else " does not exist"
-    return f"{missing.field}: {missing.kind} {missing.name}{key}; create it, and pods start by themselves"
-
-
-def _times(pod: Pod) -> str:
-    return {0: "about to be restarted", 1: "restarted once"}.get(pod.restarts, f"restarted {pod.restarts} times")
-
-
-def _deployment_condition(deployment: Object, kind: str) -> Object:
-    assert deployment["kind"] == DEPLOYMENT.kind
-    rows = deployment.get("status", {}).get("conditions", [])
-    return next((row for row in rows if row["type"] == kind), {})
