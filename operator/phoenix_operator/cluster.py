@@ -62,8 +62,9 @@ class ApiError(Exception):
 
     @property
     def is_namespace_ending(self) -> bool:
-        """Whether the namespace is being deleted."""
-        return self.code == 403 and "because it is being terminated" in self.message
+        """Whether the namespace is being deleted, or is gone before the watches have told of its objects."""
+        is_gone = self.code == 404 and self.message.startswith('namespaces "')
+        return is_gone or (self.code == 403 and "because it is being terminated" in self.message)
 
 
 class Pace:

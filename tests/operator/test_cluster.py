@@ -320,6 +320,8 @@ def test_quota_and_ending_namespace_are_told_by_the_servers_words() -> None:
     assert not ApiError(500, "", quota).is_quota
     ending = "unable to create new content in namespace ml because it is being terminated"
     assert ApiError(403, "Forbidden", ending).is_namespace_ending
+    assert ApiError(404, "NotFound", 'namespaces "ml" not found').is_namespace_ending
+    assert not ApiError(404, "NotFound", 'services "ml" not found').is_namespace_ending
     assert not ApiError(403, "Forbidden", "no").is_namespace_ending
 
 
