@@ -156,6 +156,21 @@ def test_bad_version_keeps_the_good_one_serving_and_fails_by_its_deadline(phoeni
     for words in ("version 2 made no progress for 8 s", "DigestMismatch", "version 1 keeps serving"):
         assert words in row["message"]
     assert phoenix.infer(namespace)["model_version"] == "1"
+    # the good version's server may end, too: what it serves is kept for it
+    good_pod = serving_pod(phoenix, namespace)
+    assert good_pod is not None
+    phoenix.kill(good_pod)
+    phoenix.wait_for("the good version again", lambda: answers(phoenix, namespace, version="1"))
     mend(phoenix, namespace, model={"uri": "iris/model.onnx", "version": "3"})
     phoenix.wait_condition(namespace, "iris", "Progressing", "True", "RolledOut")
     assert phoenix.infer(namespace)["model_version"] == "3"
+
+
+def serving_pod(phoenix: Phoenix, namespace: str) -> Object | None:
+    """Return the pod whose container is ready, if there is one."""
+    pods = phoenix.pods(namespace)
+    return next((pod for pod in pods if all(row["ready"] for row in pod["status"]["containerStatuses"])), None)
+
+
+def answers(phoenix: Phoenix, namespace: str, *, version: str) -> bool:
+    return serving_pod(phoenix, namespace) is not None and phoenix.infer(namespace)["model_version"] == version

@@ -55,6 +55,15 @@ def test_limit_range_below_the_request(phoenix: Phoenix, namespace: str) -> None
     phoenix.wait_ready(namespace)
 
 
+def test_service_account_that_is_not_there(phoenix: Phoenix, namespace: str) -> None:
+    phoenix.apply(namespace, model(pod={"serviceAccountName": "nobody"}))
+    phoenix.wait_fault(
+        namespace, "iris", "Available", "PodsRefused", 'serviceaccount "nobody" not found', "mend the spec"
+    )
+    phoenix.kubectl("create", "serviceaccount", "nobody", "-n", namespace)
+    phoenix.wait_ready(namespace)
+
+
 # --- names that are taken --------------------------------------------------------------------------------------------
 
 
@@ -208,6 +217,10 @@ def test_device_class_that_no_driver_serves(phoenix: Phoenix, namespace: str) ->
     assert template is not None
     asked = template["spec"]["spec"]["devices"]["requests"][0]["exactly"]
     assert (asked["deviceClassName"], asked["count"]) == ("gpu.nobody.example.com", 1)
+    phoenix.delete(namespace, "resourceclaimtemplate/iris-accelerator")
+    phoenix.wait_for(
+        "another template", lambda: phoenix.get(namespace, "resourceclaimtemplate/iris-accelerator"), deadline_s=15
+    )
     phoenix.apply(namespace, model())
     phoenix.wait_ready(namespace)
     phoenix.wait_for("no template", lambda: phoenix.get(namespace, "resourceclaimtemplate/iris-accelerator") is None)
