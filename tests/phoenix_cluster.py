@@ -168,8 +168,13 @@ class Phoenix:
         self.kubectl("wait", "--for=condition=Ready", "pod/client", "-n", namespace, "--timeout=60s")
 
     def infer(self, namespace: str, name: str = "iris") -> Object:
-        """Ask a model for the iris example from the client pod, through the Service's DNS name."""
-        answer: Object = json.loads(tools.infer(self.kubectl, namespace, f"{name}.{namespace}.svc", name))
+        """Ask a model for the iris example from the client pod, through the Service's DNS name.
+
+        It is asked until it answers: kube-proxy learns of a ready pod a moment after everybody else.
+        """
+        host = f"{name}.{namespace}.svc"
+        text = self.wait_for("an answer", lambda: tools.infer(self.kubectl, namespace, host, name), deadline_s=15)
+        answer: Object = json.loads(text)
         return answer
 
     @contextmanager
