@@ -5,7 +5,7 @@ accept the same strings.
 """
 
 import re
-from decimal import Decimal
+from decimal import Context, Decimal
 from typing import Any, ClassVar
 
 from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler
@@ -20,6 +20,7 @@ _FACTORS = {
     **{suffix: Decimal(10) ** (3 * power) for power, suffix in enumerate("kMGTPE", start=1)},
     **{f"{suffix}i": Decimal(1024) ** power for power, suffix in enumerate("KMGTPE", start=1)},
 }
+_EXACT = Context(prec=64)  # 18 digits, 9 decimals, and 19 digits of Ei
 _PARTS = re.compile(r"([0-9.]+)(.*)")
 
 
@@ -47,7 +48,7 @@ class Quantity(str):
         assert parts, "checked when it was made"
         number, suffix = Decimal(parts[1]), parts[2]
         if suffix in _FACTORS:
-            return number * _FACTORS[suffix]
+            return _EXACT.multiply(number, _FACTORS[suffix])
         return number.scaleb(int(suffix[1:]))
 
     def __float__(self) -> float:

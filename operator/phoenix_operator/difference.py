@@ -5,6 +5,8 @@ still hold every field of the wish? Fields that others own are none of our busin
 writing things down (defaults, empty values left out, quantities in their shortest form) are no difference.
 """
 
+from decimal import ROUND_UP, Context, Decimal
+
 from phoenix_api import Quantity
 from phoenix_operator.observed import HASH, Object
 
@@ -24,6 +26,8 @@ _MAP_KEYS = {
 }
 # Objects that the API keeps whole: a label that somebody adds to a selector makes it select nothing.
 _WHOLE = {"selector", "podSelector", "namespaceSelector", "labelSelector", "nodeSelector"}
+_EXACT = Context(prec=64, rounding=ROUND_UP)
+_LEAST, _MOST = Decimal("1e-9"), Decimal(2**63 - 1)
 _QUANTITY_FIELDS = {"requests", "limits", "sizeLimit", "divisor"}
 
 
@@ -69,7 +73,13 @@ def _by_key(rows: list[object], field: str) -> dict[tuple[object, ...], object] 
 
 
 def _amount(value: object) -> object:
+    """Return the amount that the API server stores: whole nanos, rounded up, and no more than an int64 holds."""
+    if not isinstance(value, str | int):
+        return None
+    if str(value) == str(_MOST):
+        return _MOST  # a digit more than a manifest may have
     try:
-        return Quantity(value).value if isinstance(value, str | int) else None
+        amount = Quantity(value).value
     except ValueError:
         return None
+    return min(amount, _MOST).quantize(_LEAST, context=_EXACT)
