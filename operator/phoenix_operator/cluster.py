@@ -332,4 +332,16 @@ def _seconds(header: str | None) -> float | None:
 
 def _error(code: int, answer: Any, what: str) -> ApiError:
     body = answer if isinstance(answer, dict) else {}
-    return ApiError(code, str(body.get("reason", "")), str(body.get("message") or f"{what}: HTTP {code}"))
+    return ApiError(code, str(body.get("reason", "")), _in_order(body) or f"{what}: HTTP {code}")
+
+
+def _in_order(status: Object) -> str:
+    """Return the message with its causes sorted: the API server walks maps, so the same faults come in any order."""
+    message = str(status.get("message") or "")
+    causes = (status.get("details") or {}).get("causes") or []
+    told = sorted({f"{cause.get('field', '')}: {cause.get('message', '')}" for cause in causes})
+    subject, separator, _ = message.partition(" is invalid: ")
+    if separator and len(told) > 1:
+        return f"{subject}{separator}[{', '.join(told)}]"
+    subject, separator, lines = message.partition("errors:\n")
+    return subject + separator + "\n".join(sorted(lines.split("\n")))

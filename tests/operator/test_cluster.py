@@ -290,13 +290,32 @@ def test_server_that_is_not_there_is_code_0() -> None:
         (Answer("x" * 1000, 502), "", "x" * 200),
         (Answer([1], 500), "", f"GET {FRAUD}: HTTP 500"),
         (Answer({}, 500), "", f"GET {FRAUD}: HTTP 500"),
+        (Answer({"message": None, "details": None}, 500), "", f"GET {FRAUD}: HTTP 500"),
     ],
-    ids=["status", "html", "long", "list", "empty"],
+    ids=["status", "html", "long", "list", "empty", "null"],
 )
 def test_error_body_becomes_a_sentence(answer: Answer, reason: str, message: str) -> None:
     found, _ = ask(answer, get)
     assert (found.code, found.reason, found.message) == (answer.status, reason, message)
     assert str(found) == message
+
+
+def test_faults_are_told_in_one_order_however_the_api_server_walked_its_maps() -> None:
+    def told(*causes: tuple[str, str]) -> str:
+        words = ", ".join(f"{field}: {message}" for field, message in causes)
+        answer = failure(422, "Invalid", f'Deployment.apps "fraud" is invalid: [{words}]')
+        rows = [{"reason": "FieldValueInvalid", "field": field, "message": message} for field, message in causes]
+        answer.body["details"] = {"causes": rows}
+        return str(ask(answer, get)[0].message)
+
+    one, other = ("spec.b", "Invalid value: 1"), ("spec.a", "Required value")
+    assert told(one, other) == told(other, one)
+    assert told(one, other) == 'Deployment.apps "fraud" is invalid: [spec.a: Required value, spec.b: Invalid value: 1]'
+    assert told(one) == 'Deployment.apps "fraud" is invalid: [spec.b: Invalid value: 1]'
+    head = "failed to create typed patch object (ml/fraud; apps/v1, Kind=Deployment): errors:\n"
+    unknown = [f"  .spec.{name}: field not declared in schema" for name in "ba"]
+    found, _ = ask(failure(500, "", head + "\n".join(unknown)), get)
+    assert found.message == head + "\n".join(unknown[::-1])
 
 
 def test_success_without_a_body_is_an_empty_object() -> None:
