@@ -4,16 +4,19 @@ import json
 from typing import Any
 
 import pytest
-from hypothesis import given
+import yaml
+from hypothesis import example, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from objects import SETTINGS, by_place, deployment, document, ended, loaded, ready, rendered, seen, subject, unplaced
 from scenarios import COMPLETE_CPU, SCENARIOS
 
+from phoenix_api import parse_manifests
 from phoenix_operator.desired import config
 from phoenix_operator.desired.deployment import is_withheld, pod_template, template_hash
 from phoenix_operator.kinds import CONFIG_MAP, DEPLOYMENT
 from phoenix_operator.observed import REVISION, TEMPLATE, Object, Observed, Subject
+from phoenix_operator.render import as_yaml
 from phoenix_operator.settings import Settings
 
 
@@ -155,6 +158,19 @@ def test_manifest_of_the_old_version_stays_until_its_pods_are_gone() -> None:
     last = ready(old)
     last.body["metadata"]["annotations"][REVISION] = config.revision(old)
     assert keys(new, Observed(children=children, pods=[last])) == both, "a pod of it is still there"
+
+
+@hypothesis_settings(max_examples=200, deadline=None)
+@given(st.dictionaries(st.text(max_size=10), st.text(max_size=200), max_size=3))
+@example({"\x85": "\x85", "a": "b\x85\n\u2028", "\ufeff": "\U0001f600"})
+def test_text_reaches_the_server_and_whoever_renders_as_it_was_written(options: dict[str, str]) -> None:
+    model = subject(runtime={"accelerator": {"providerOptions": options}})
+    (manifest,) = parse_manifests(next(iter(config.config_map(model, Observed())["data"].values())), file="model.yaml")
+    accelerator = manifest.model.spec.runtime.accelerator
+    assert accelerator is not None
+    assert accelerator.provider_options == options
+    objects = rendered(subject(pod={"annotations": options}))
+    assert list(yaml.safe_load_all(as_yaml(objects))) == objects
 
 
 def test_manifests_of_a_rollout_that_never_ends_are_bounded() -> None:

@@ -58,7 +58,8 @@ def key_of(revision: str) -> str:
 def config_map(subject: Subject, observed: Observed) -> Object:
     """Return the ConfigMap: the wanted revision, and those that a rollout may still fall back on."""
     key = key_of(revision(subject))
-    text = yaml.safe_dump(server_manifest(subject), sort_keys=False, allow_unicode=True, width=120)
+    # escaped: PyYAML writes some Unicode (U+0085) so that it reads back as something else
+    text = yaml.safe_dump(server_manifest(subject), sort_keys=False, width=120)
     older = {name: text for name, text in observed.manifests.items() if name != key and _is_needed(name, observed)}
     kept = dict(list(older.items())[-_MOST_REVISIONS + 1 :])
     return owned(subject, CONFIG_MAP, config_map_name(subject), {"data": kept | {key: text}})
