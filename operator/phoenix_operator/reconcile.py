@@ -291,7 +291,7 @@ class Reconciler:
             return _SOON_S
         if observed.foreign or observed.host_owner:
             return _SOON_S
-        if not_accepted:
+        if not_accepted or observed.refusals:  # a quota refuses objects of a spec that is accepted
             return _REFUSED_S
         if any(pod.is_ready and pod.ip and pod.uid not in observed.loaded for pod in observed.pods):
             return _LATER_S

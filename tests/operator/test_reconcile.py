@@ -482,10 +482,13 @@ async def test_refused_object_that_is_no_longer_wanted_is_forgotten(world: World
 @scenario
 async def test_quota_is_told_as_such(world: World) -> None:
     world.cluster.refuse = refusal(403, "exceeded quota: small, requested: services=1", of=SERVICE)
-    await world.reconcile()
+    assert await world.reconcile() == 30
     assert world.condition("Accepted")[0] == "True"
     assert world.condition("Available")[:2] == ("False", "QuotaExceeded")
     assert "exceeded quota: small, requested: services=1" in world.condition("Ready")[2]
+    world.cluster.refuse = lambda call: None
+    assert await world.reconcile() is None
+    assert world.condition("Available")[:2] == ("False", "Loading")
 
 
 @pytest.mark.parametrize("code", [0, 409, 429, 500, 503])
