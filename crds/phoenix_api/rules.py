@@ -106,6 +106,13 @@ RULES: tuple[Rule, ...] = (
         "self.name.matches('^[a-z]([-a-z0-9]*[a-z0-9])?$')",
         lambda metadata: re.fullmatch("[a-z]([-a-z0-9]*[a-z0-9])?", metadata.name) is not None,
     ),
+    Rule(
+        "Metadata",
+        "name",
+        "expected a name that does not end in -headless, which ends the name of another model's second Service",
+        "!self.name.endsWith('-headless')",
+        lambda metadata: not metadata.name.endswith("-headless"),
+    ),
     # --- where the model comes from
     Rule(
         "ModelSource",

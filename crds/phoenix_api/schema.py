@@ -17,7 +17,11 @@ def editor_schema() -> Schema:
     model: Schema = _for_editors(model_schema())
     metadata = model["properties"]["metadata"]
     metadata["additionalProperties"] = True
-    metadata["properties"]["name"] |= {"maxLength": 40, "pattern": "^[a-z]([-a-z0-9]*[a-z0-9])?$"}
+    metadata["properties"]["name"] |= {
+        "maxLength": 40,
+        "pattern": "^[a-z]([-a-z0-9]*[a-z0-9])?$",
+        "not": {"pattern": "-headless$"},
+    }
     # JSON has no comments; this one has to be the first line
     head = {"$comment": COMMENT, "$schema": "http://json-schema.org/draft-07/schema#", "title": "PhoenixModel"}
     return head | model | {"required": ["apiVersion", "kind", "metadata", "spec"]}

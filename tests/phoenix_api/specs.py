@@ -252,6 +252,8 @@ BAD_RULES = [
     Case("name-of-41-characters", {"model": SOURCE}, False, "metadata.name", "at most 40", "cel", name="a" * 41),
     Case("name-with-dot", {"model": SOURCE}, False, "metadata.name", "a-z, 0-9 and -", "cel", name="a.b"),
     Case("name-begins-with-digit", {"model": SOURCE}, False, "metadata.name", "a letter", "cel", name="1a"),
+    Case("name-of-a-headless-service", {"model": SOURCE}, False, "metadata.name", "does not end in -headless", "cel",
+         name="fraud-headless"),
     broken("uri-http", "model.uri", "use https://", **uri("http://example.com/model.onnx")),
     broken("uri-unknown-scheme", "model.uri", "begins with file://", **uri("ftp://example.com/model.onnx")),
     broken("uri-absolute-path", "model.uri", "expected a relative path", **uri("/srv/model.onnx")),
