@@ -32,7 +32,8 @@ _JSON_PATCH, _MERGE_PATCH = "application/json-patch+json", "application/merge-pa
 _ONLY_METADATA = "application/json;as=PartialObjectMetadata;g=meta.k8s.io;v=v1"
 _ONLY_METADATA_LIST = "application/json;as=PartialObjectMetadataList;g=meta.k8s.io;v=v1"
 # What the API server calls an internal error of its own, though the object or an admission webhook is at fault.
-_NOT_INTERNAL = ("failed to create typed patch object", "failed calling webhook")
+_UNFIT = "failed to create typed patch object"
+_NOT_INTERNAL = (_UNFIT, "failed calling webhook")
 
 _Body = Object | list[Object] | None  # of a request
 
@@ -54,6 +55,11 @@ class ApiError(Exception):
         """Whether the object, not the moment, is at fault: trying the same again at once is of little use."""
         is_called_internal = self.code == 500 and any(words in self.message for words in _NOT_INTERNAL)
         return is_called_internal or self.code in (400, 403, 405, 406, 413, 415, 422)
+
+    @property
+    def is_unfit(self) -> bool:
+        """Whether the object does not fit its kind's schema. Which of several unknown fields is named, is by chance."""
+        return self.code == 500 and _UNFIT in self.message
 
     @property
     def is_quota(self) -> bool:

@@ -88,6 +88,7 @@ class Refusal:
     code: int
     message: str
     is_quota: bool = False
+    wish: str = ""  # hash of the object
 
 
 @dataclass(frozen=True, slots=True)

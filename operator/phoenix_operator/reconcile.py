@@ -22,7 +22,7 @@ from phoenix_operator.desired.source import config_map_source
 from phoenix_operator.difference import is_as_wanted
 from phoenix_operator.kinds import CHILDREN, CONFIG_MAP, PHOENIX_MODEL, POD, SECRET, Kind, kind_of
 from phoenix_operator.metrics import Metrics
-from phoenix_operator.observed import Missing, Object, Observed, Pod, Reference, Refusal, Subject
+from phoenix_operator.observed import HASH, Missing, Object, Observed, Pod, Reference, Refusal, Subject
 from phoenix_operator.placement import Placement
 from phoenix_operator.pod_state import PodStates
 from phoenix_operator.recorder import Happening, Recorder, happenings
@@ -222,7 +222,10 @@ class Reconciler:
         except ApiError as error:
             if not error.is_refusal or error.is_namespace_ending:
                 raise
-            refused[place] = Refusal(kind, name, error.code, error.message, error.is_quota)
+            wish = manifest["metadata"]["annotations"][HASH]
+            before = refused.get(place)
+            if not (error.is_unfit and before is not None and before.wish == wish):
+                refused[place] = Refusal(kind, name, error.code, error.message, error.is_quota, wish)
             return None
         refused.pop(place, None)
         self._parts.store.put(kind, stored)

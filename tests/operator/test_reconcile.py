@@ -469,6 +469,25 @@ async def test_refused_object_is_told_while_the_others_are_applied_and_later_rec
 
 
 @scenario
+async def test_object_that_does_not_fit_its_schema_is_told_once_whatever_field_the_server_names(world: World) -> None:
+    def unfit(field: str) -> Callable[[Call], None]:
+        return refusal(
+            500, f"failed to create typed patch object (ml/fraud): .spec.{field}: not declared", of=DEPLOYMENT
+        )
+
+    world.cluster.refuse = unfit("b")
+    await world.reconcile()
+    assert ".spec.b" in world.condition("Accepted")[2]
+    world.cluster.take_writes()
+    world.cluster.refuse = unfit("a")
+    await world.reconcile()
+    assert [call.kind for call in world.cluster.take_writes()] == [DEPLOYMENT], "the one that is refused, no status"
+    world.create(replicas=3)
+    await world.reconcile()
+    assert ".spec.a" in world.condition("Accepted")[2], "another wish, another word"
+
+
+@scenario
 async def test_refused_object_that_is_no_longer_wanted_is_forgotten(world: World) -> None:
     world.create(replicas=2)
     world.cluster.refuse = refusal(422, "no budgets here", of=POD_DISRUPTION_BUDGET)
