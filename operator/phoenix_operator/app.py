@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from phoenix_operator import handlers, probes
-from phoenix_operator.cluster import Cluster
+from phoenix_operator.cluster import ApiError, Cluster
 from phoenix_operator.kinds import (
     CHILDREN,
     HTTP_ROUTE,
@@ -142,7 +142,11 @@ class _Operator:
             return
         self._is_leading = True
         self._metrics.leader.set(1)
-        await self._resync.discover()
+        try:
+            await self._resync.discover()
+        except ApiError:
+            await self._lease.release()  # a standby may have more luck
+            raise
         workers = [asyncio.create_task(self._work(stop)) for _ in range(self._settings.workers)]
         endless: tuple[Coroutine[Any, Any, None], ...] = (
             self._measure(),

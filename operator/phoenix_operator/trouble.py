@@ -82,7 +82,8 @@ def _missing_configuration(pods: Sequence[Pod]) -> Trouble | None:
 def _pull_failure(subject: Subject, pods: Sequence[Pod]) -> Trouble | None:
     for pod in pods:
         if pod.waiting and pod.waiting[0] in _PULL_FAILURES:
-            whose = "spec.runtime.image" if subject.spec.runtime.image else "the operator's serverImage"
+            usual = "serverGpuImage" if subject.spec.runtime.accelerator else "serverImage"
+            whose = "spec.runtime.image" if subject.spec.runtime.image else f"the operator's {usual}"
             uri = subject.spec.model.uri
             if uri.startswith("oci://") and uri[len("oci://") :].partition("#")[0] in pod.waiting[1]:
                 whose = "spec.model.uri"
