@@ -16,6 +16,7 @@ from phoenix_operator.observed import Object
 
 _log = logging.getLogger(__name__)
 _RETRY_S = 1.0
+_MOST_CONFLICTS = 5
 
 
 class Lease:
@@ -69,19 +70,27 @@ class Lease:
         self._held = None
 
     async def _try(self) -> bool:
+        """Take or renew the lease; return whether it is ours. Raises `ApiError`: then nobody knows.
+
+        Whoever wrote at the same moment need not have taken it: it may have been a label. A second look tells.
+        """
+        for tries_left in reversed(range(_MOST_CONFLICTS)):
+            try:
+                return await self._try_once()
+            except ApiError as error:
+                if error.code != 409 or not tries_left:
+                    raise
+        raise AssertionError("the last try returns or raises")
+
+    async def _try_once(self) -> bool:
         began = time.monotonic()
         known = await self._cluster.get(LEASE, self._namespace, self._name)
-        try:
-            if known is None:
-                self._held = await self._cluster.create(LEASE, self._record(None, holder=self._identity))
-            elif self._may_take(known):
-                self._held = await self._cluster.replace(LEASE, self._record(known, holder=self._identity))
-            else:
-                return False
-        except ApiError as error:
-            if error.code == 409:  # somebody was faster
-                return False
-            raise
+        if known is None:
+            self._held = await self._cluster.create(LEASE, self._record(None, holder=self._identity))
+        elif self._may_take(known):
+            self._held = await self._cluster.replace(LEASE, self._record(known, holder=self._identity))
+        else:
+            return False
         self._renewed_at = began
         return True
 

@@ -183,6 +183,24 @@ async def test_lease_that_somebody_deleted_is_made_again(cluster: MemoryCluster)
 
 
 @simulated
+async def test_label_that_somebody_writes_at_the_same_moment_takes_no_lease_away(cluster: MemoryCluster) -> None:
+    held = lease(cluster)
+    await held.acquire()
+    holding = asyncio.create_task(held.hold())
+
+    def scribble(call: Call) -> None:
+        if call.verb == "update":
+            cluster.refuse = lambda call: None
+            cluster.edit(LEASE, "phoenix-operator", lambda body: body["metadata"].update(labels={}), "phoenix-system")
+
+    for _ in range(10):
+        cluster.refuse = scribble
+        await asyncio.sleep(SECONDS / 5)
+    assert not holding.done()
+    holding.cancel()
+
+
+@simulated
 async def test_short_silence_of_the_api_server_is_survived(cluster: MemoryCluster) -> None:
     held = lease(cluster)
     await held.acquire()
