@@ -1,8 +1,13 @@
 """What happens around the operator: namespaces go, the API server ends, refuses or changes, and everything recovers."""
 
+import contextlib
+import http.client
+import itertools
 import json
 import os
+import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -121,6 +126,59 @@ def test_api_server_that_turns_the_operator_away(phoenix: Phoenix, namespace: st
     assert refused > 0, "this was no storm"
     phoenix.patch(namespace, "phx/m0", {"spec": {"replicas": 1}})
     phoenix.wait_ready(namespace, "m0")
+
+
+@contextmanager
+def scribblers(phoenix: Phoenix, *paths: str) -> Iterator[list[int]]:
+    """Write an annotation on objects of the API server, again and again; counts the writes."""
+    stop, counts, lock = threading.Event(), [0], threading.Lock()
+    command = ["kubectl", "proxy", "--port=0"]
+    proxy = subprocess.Popen(command, env=phoenix.kubectl.environment, stdout=subprocess.PIPE, text=True)
+    assert proxy.stdout is not None
+    port = int(proxy.stdout.readline().rpartition(":")[2])
+
+    def scribble(path: str) -> None:
+        with contextlib.closing(http.client.HTTPConnection("127.0.0.1", port, timeout=30)) as connection:
+            for number in itertools.count():
+                body = json.dumps({"metadata": {"annotations": {"example.com/scribble": str(number)}}})
+                connection.request("PATCH", path, body, {"Content-Type": "application/merge-patch+json"})
+                is_written = connection.getresponse().read() != b""
+                with lock:
+                    counts[0] += is_written
+                if stop.wait(0.02):
+                    return
+
+    threads = [threading.Thread(target=scribble, args=(path,)) for path in paths]
+    try:
+        for thread in threads:
+            thread.start()
+        yield counts
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
+        proxy.terminate()
+        proxy.communicate()
+
+
+def test_objects_that_others_write_all_the_time(phoenix: Phoenix, namespace: str) -> None:
+    phoenix.apply(namespace, model())
+    phoenix.wait_ready(namespace)
+    leader, before = phoenix.leader(), restarts(phoenix)
+    paths = (
+        f"/apis/coordination.k8s.io/v1/namespaces/{tools.OPERATOR_NAMESPACE}/leases/phoenix-operator",
+        f"/apis/phoenix-ml.io/v1alpha1/namespaces/{namespace}/phoenixmodels/iris",
+        f"/apis/apps/v1/namespaces/{namespace}/deployments/iris",
+        f"/api/v1/namespaces/{namespace}/services/iris",
+    )
+    with scribblers(phoenix, *paths) as writes:
+        for rows in (2, 3, 4):
+            phoenix.apply(namespace, model(batching={"maxRows": rows}))
+            phoenix.wait_condition(namespace, "iris", "Progressing", "True", "RolledOut", deadline_s=60)
+            phoenix.wait_ready(namespace)
+    conflicts = [line for line in phoenix.operator_metrics().splitlines() if 'code="409"' in line]
+    print(f"{writes[0]} writes of others; conflicts of the operator: {conflicts}")
+    assert (phoenix.leader(), restarts(phoenix)) == (leader, before), "nobody took the lease"
 
 
 def custom_resource_definition() -> Object:
