@@ -114,7 +114,7 @@ class Cluster:
             config.load_incluster_config(client_configuration=configuration)
         except config.ConfigException:
             await config.load_kube_config(client_configuration=configuration)
-        configuration.connection_pool_maxsize = 50
+        configuration.connection_pool_maxsize = 32
         # else ~/.netrc is read for each request, in a thread; a proxy is the kubeconfig's `proxy-url`, as for kopf
         configuration.client_session_kwargs = {"trust_env": False}
         return cls(client.ApiClient(configuration), pace=Pace(per_second), timeout_s=timeout_s, observer=observer)
