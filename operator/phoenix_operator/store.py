@@ -1,8 +1,8 @@
 """What the watches have told so far: PhoenixModels, their children and their pods, by model.
 
-Bodies are kept as packed JSON without `managedFields`: a thousand models are ten thousand objects with their pods, and
-as dicts they would take twenty times the memory. A stale message never replaces a newer one. Filled by `handlers` and by
-`reconcile` with what its own writes returned, so that a reconcile never acts on what it has itself outdated.
+Bodies are kept as packed JSON without `managedFields`: a thousand models with their pods are ten thousand objects, and
+as dicts they would take twenty times the memory. A stale message never replaces a newer one. Filled by `handlers`, and
+by `reconcile` with what its own writes returned, so that a reconcile never acts on what it has itself outdated.
 """
 
 import json
