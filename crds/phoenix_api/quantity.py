@@ -21,7 +21,22 @@ _FACTORS = {
     **{f"{suffix}i": Decimal(1024) ** power for power, suffix in enumerate("KMGTPE", start=1)},
 }
 _EXACT = Context(prec=64)  # 18 digits, 9 decimals, and 19 digits of Ei
-_PARTS = re.compile(r"([0-9.]+)(.*)")
+_PARTS = re.compile(r"([+-]?[0-9.]+)([KMGTPE]i|[numkMGTPE]|[eE][+-]?[0-9]+)?", re.ASCII)
+
+
+def amount(written: str) -> Decimal:
+    """Return the exact amount of a quantity as Kubernetes stores it, which may have more digits than a manifest may.
+
+    Raises `ValueError` for what is none.
+    """
+    parts = _PARTS.fullmatch(written)
+    try:
+        if parts is None:
+            raise ValueError(written)
+        number, suffix = Decimal(parts[1]), parts[2] or ""
+        return _EXACT.multiply(number, _FACTORS[suffix]) if suffix in _FACTORS else number.scaleb(int(suffix[1:]))
+    except (ArithmeticError, ValueError) as error:
+        raise ValueError(f"expected a quantity of Kubernetes, got {written[:64]!r}") from error
 
 
 class Quantity(str):
@@ -44,12 +59,7 @@ class Quantity(str):
     @property
     def value(self) -> Decimal:
         """The exact amount in the base unit (bytes, seconds, cores): `Quantity("200m").value == Decimal("0.2")`."""
-        parts = _PARTS.fullmatch(self)
-        assert parts, "checked when it was made"
-        number, suffix = Decimal(parts[1]), parts[2]
-        if suffix in _FACTORS:
-            return _EXACT.multiply(number, _FACTORS[suffix])
-        return number.scaleb(int(suffix[1:]))
+        return amount(self)
 
     def __float__(self) -> float:
         return float(self.value)

@@ -7,7 +7,7 @@ writing things down (defaults, empty values left out, quantities in their shorte
 
 from decimal import ROUND_UP, Context, Decimal
 
-from phoenix_api import Quantity
+from phoenix_api.quantity import amount
 from phoenix_operator.observed import HASH, Object
 
 # Lists that the API keeps as maps, by field, with what identifies a member: others may add members of their own. Every
@@ -27,7 +27,7 @@ _MAP_KEYS = {
 # Objects that the API keeps whole: a label that somebody adds to a selector makes it select nothing.
 _WHOLE = {"selector", "podSelector", "namespaceSelector", "labelSelector", "nodeSelector"}
 _EXACT = Context(prec=64, rounding=ROUND_UP)
-_LEAST, _MOST = Decimal("1e-9"), Decimal(2**63 - 1)
+_LEAST, _MOST = Decimal("0.001"), Decimal(2**63 - 1)
 _QUANTITY_FIELDS = {"requests", "limits", "sizeLimit", "divisor"}
 
 
@@ -73,13 +73,10 @@ def _by_key(rows: list[object], field: str) -> dict[tuple[object, ...], object] 
 
 
 def _amount(value: object) -> object:
-    """Return the amount that the API server stores: whole nanos, rounded up, and no more than an int64 holds."""
+    """Return the amount that the API server stores: whole thousandths, rounded up, no more than an int64 holds."""
     if not isinstance(value, str | int):
         return None
-    if str(value) == str(_MOST):
-        return _MOST  # a digit more than a manifest may have
     try:
-        amount = Quantity(value).value
+        return min(amount(str(value)), _MOST).quantize(_LEAST, context=_EXACT)
     except ValueError:
         return None
-    return min(amount, _MOST).quantize(_LEAST, context=_EXACT)

@@ -8,7 +8,7 @@ import time
 from collections import defaultdict
 from decimal import Decimal
 
-from phoenix_api import Quantity
+from phoenix_api import quantity
 from phoenix_operator.cluster import ApiError, Cluster
 from phoenix_operator.kinds import NODE, POD
 from phoenix_operator.observed import Object, Pod
@@ -92,7 +92,7 @@ def _asked(container: Object) -> dict[str, Decimal]:
 
 
 def _amounts(written: dict[str, str]) -> dict[str, Decimal]:
-    return {resource: Quantity(amount).value for resource, amount in written.items()}
+    return {resource: quantity.amount(text) for resource, text in written.items()}
 
 
 def _plain(amount: Decimal) -> str:

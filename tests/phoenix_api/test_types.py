@@ -10,6 +10,7 @@ from pydantic import ValidationError
 from specs import COMPLETE, SOURCE
 
 from phoenix_api import API_VERSION, KIND, AcceleratorPolicy, PhoenixModel, Provider, Quantity
+from phoenix_api.quantity import amount
 from phoenix_api.types import Batching, ModelSource
 
 
@@ -129,6 +130,20 @@ def test_quantity_has_the_value_that_kubernetes_gives_it(written: str | int, val
 def test_quantity_refuses_other_notations(written: str) -> None:
     with pytest.raises(ValueError, match="expected a quantity"):
         Quantity(written)
+
+
+@pytest.mark.parametrize(
+    ("written", "value"),
+    [("1125901032742530843m", "1125901032742530.843"), ("-1", -1), ("+2Ki", 2048), ("1e99", "1e99")],
+)
+def test_amount_of_what_kubernetes_stores_may_have_more_digits(written: str, value: Any) -> None:
+    assert amount(written) == Decimal(value)
+
+
+@pytest.mark.parametrize("written", ["", "Mi", "1.2.3", "1e999999999999", "much", "1 "])
+def test_amount_of_what_is_no_quantity_is_an_error(written: str) -> None:
+    with pytest.raises(ValueError, match="expected a quantity of Kubernetes"):
+        amount(written)
 
 
 def test_importing_the_api_does_not_import_the_generators() -> None:
