@@ -76,6 +76,8 @@ CHILDREN = (
 )
 # Kinds of the table above that a cluster need not serve.
 OPTIONAL = frozenset({RESOURCE_CLAIM_TEMPLATE, HTTP_ROUTE, POD_MONITOR, SERVICE_MONITOR})
+# Kinds whose spec can never change: another wish is another object of the same name.
+IMMUTABLE = frozenset({RESOURCE_CLAIM_TEMPLATE})
 _BY_NAME = {(kind.api_version, kind.kind): kind for kind in (*CHILDREN, PHOENIX_MODEL, POD)}
 
 

@@ -20,7 +20,7 @@ from phoenix_operator.desired.acceptance import faults
 from phoenix_operator.desired.network import path_prefix
 from phoenix_operator.desired.source import config_map_source
 from phoenix_operator.difference import is_as_wanted
-from phoenix_operator.kinds import CHILDREN, CONFIG_MAP, PHOENIX_MODEL, POD, SECRET, Kind, kind_of
+from phoenix_operator.kinds import CHILDREN, CONFIG_MAP, IMMUTABLE, PHOENIX_MODEL, POD, SECRET, Kind, kind_of
 from phoenix_operator.metrics import Metrics
 from phoenix_operator.observed import HASH, Missing, Object, Observed, Pod, Reference, Refusal, Subject
 from phoenix_operator.placement import Placement
@@ -238,6 +238,10 @@ class Reconciler:
         except ApiError as error:
             if live is None or error.code != 422 or "spec" not in manifest:
                 raise
+            if kind in IMMUTABLE:
+                metadata = live["metadata"]
+                await cluster.delete(kind, metadata["namespace"], metadata["name"], uid=metadata["uid"])
+                return await cluster.apply(kind, manifest, is_first=True)
             try:
                 await cluster.reset(kind, manifest, live)
             except ApiError as another:

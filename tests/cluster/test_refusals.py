@@ -217,6 +217,10 @@ def test_device_class_that_no_driver_serves(phoenix: Phoenix, namespace: str) ->
     assert template is not None
     asked = template["spec"]["spec"]["devices"]["requests"][0]["exactly"]
     assert (asked["deviceClassName"], asked["count"]) == ("gpu.nobody.example.com", 1)
+    # a claim template can never change: another wish is another one
+    phoenix.apply(namespace, model(runtime={"accelerator": accelerator | {"count": 2}}))
+    phoenix.wait_condition(namespace, "iris", "Accepted", "True")
+    phoenix.wait_for("a template that asks for two", lambda: _asked_count(phoenix, namespace) == 2)
     phoenix.delete(namespace, "resourceclaimtemplate/iris-accelerator")
     phoenix.wait_for(
         "another template", lambda: phoenix.get(namespace, "resourceclaimtemplate/iris-accelerator"), deadline_s=15
@@ -224,6 +228,11 @@ def test_device_class_that_no_driver_serves(phoenix: Phoenix, namespace: str) ->
     phoenix.apply(namespace, model())
     phoenix.wait_ready(namespace)
     phoenix.wait_for("no template", lambda: phoenix.get(namespace, "resourceclaimtemplate/iris-accelerator") is None)
+
+
+def _asked_count(phoenix: Phoenix, namespace: str) -> int:
+    template = phoenix.get(namespace, "resourceclaimtemplate/iris-accelerator")
+    return template["spec"]["spec"]["devices"]["requests"][0]["exactly"]["count"] if template else 0
 
 
 NOT_YET: dict[str, Any] = {

@@ -488,6 +488,30 @@ async def test_object_that_does_not_fit_its_schema_is_told_once_whatever_field_t
 
 
 @scenario
+async def test_claim_template_that_can_never_change_is_made_anew(world: World) -> None:
+    def ask_for(count: int) -> None:
+        world.create(runtime={"accelerator": {"deviceClassName": "gpu.example.com", "count": count}})
+
+    def templates() -> list[Object]:
+        return world.cluster.of_kind(RESOURCE_CLAIM_TEMPLATE)
+
+    def unchangeable(call: Call) -> None:
+        if (call.kind, call.verb) == (RESOURCE_CLAIM_TEMPLATE, "patch") and templates():
+            raise ApiError(422, "Invalid", "spec: field is immutable")
+
+    ask_for(1)
+    await world.reconcile()
+    (before,) = templates()
+    world.cluster.refuse = unchangeable
+    ask_for(2)
+    await world.reconcile()
+    (after,) = templates()
+    assert after["metadata"]["uid"] != before["metadata"]["uid"]
+    assert after["spec"]["spec"]["devices"]["requests"][0]["exactly"]["count"] == 2
+    assert world.condition("Accepted")[0] == "True"
+
+
+@scenario
 async def test_refused_object_that_is_no_longer_wanted_is_forgotten(world: World) -> None:
     world.create(replicas=2)
     world.cluster.refuse = refusal(422, "no budgets here", of=POD_DISRUPTION_BUDGET)
