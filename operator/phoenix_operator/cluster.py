@@ -24,7 +24,7 @@ from phoenix_operator.observed import Object
 FIELD_MANAGER = "phoenix-operator"
 _STATUS_MANAGER = "phoenix-operator-status"
 _RESET_MANAGER = "phoenix-operator-reset"
-_PAGE = 500
+_PAGE = 100
 _MOST_TRIES = 5
 # With a parameter the `kubernetes` package sends text as it is.
 _APPLY = "application/apply-patch+yaml; charset=utf-8"
@@ -156,7 +156,7 @@ class Cluster:
         fields: str | None = None,
         only_metadata: bool = False,
     ) -> Page:
-        """Return all objects of a kind, asked for in pages of 500."""
+        """Return all objects of a kind without `managedFields`, asked for in pages of 100."""
         items: list[Object] = []
         query: dict[str, str] = {"limit": str(_PAGE)}
         query |= {"labelSelector": labels} if labels else {}
@@ -164,7 +164,10 @@ class Cluster:
         accept = _ONLY_METADATA_LIST if only_metadata else "application/json"
         while True:
             answer = await self._request("GET", kind.path(namespace), query=query, accept=accept, verb="LIST")
-            items += answer.get("items") or []
+            page = answer.get("items") or []
+            for item in page:
+                item["metadata"].pop("managedFields", None)  # the larger part of most objects, and nobody asks for it
+            items += page
             token = answer["metadata"].get("continue")
             if not token:
                 return Page(items, answer["metadata"].get("resourceVersion", ""))

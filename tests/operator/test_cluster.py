@@ -94,7 +94,7 @@ def test_list_follows_the_pages() -> None:
     found, _ = talk(server, lambda cluster: cluster.list(CONFIG_MAP, "ml", labels="a=b", fields="c!=d"))
     assert [row["metadata"]["name"] for row in found.items] == ["a", "b", "c"]
     assert found.version == "7"
-    common = {"limit": "500", "labelSelector": "a=b", "fieldSelector": "c!=d"}
+    common = {"limit": "100", "labelSelector": "a=b", "fieldSelector": "c!=d"}
     assert [asked.query for asked in server.asked] == [
         common, common | {"continue": "one"}, common | {"continue": "two"},
     ]  # fmt: skip
