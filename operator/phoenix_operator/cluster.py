@@ -300,7 +300,7 @@ class Cluster:
         self, method: str, address: str, headers: dict[str, str], body: _Body
     ) -> tuple[int, Any, float | None]:
         timeout = aiohttp.ClientTimeout(total=self._timeout_s, connect=min(self._timeout_s, 10))
-        text = _as_yaml(body) if headers["Content-Type"] == _APPLY else body
+        text = as_yaml(body) if headers["Content-Type"] == _APPLY else body
         try:
             response = await self._api.rest_client.request(
                 method, address, headers=headers, body=text, _request_timeout=timeout
@@ -322,7 +322,7 @@ _IN_BACKGROUND = {"propagationPolicy": "Background"}
 _NOT_IN_YAML = re.compile("[\x7f-\xa0\u2028\u2029\ufeff\ufffe\uffff]")
 
 
-def _as_yaml(body: object) -> str:
+def as_yaml(body: object) -> str:
     """Write JSON that is YAML too: the API server reads an apply as YAML, which has no surrogate pairs for an emoji."""
     text = json.dumps(body, ensure_ascii=False)
     return _NOT_IN_YAML.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
