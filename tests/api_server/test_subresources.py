@@ -12,8 +12,7 @@ from objects import NAME, STAMP, document
 from specs import SCALING, SOURCE
 from status_cases import CASES, Case, status_of
 
-from phoenix_operator.cluster import as_yaml
-from phoenix_operator.cluster import Cluster, Pace
+from phoenix_operator.cluster import Cluster, Pace, as_yaml
 from phoenix_operator.kinds import PHOENIX_MODEL
 from phoenix_operator.status import unreadable_status
 
