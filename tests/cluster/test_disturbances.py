@@ -56,8 +56,10 @@ def test_api_server_restarts_during_a_rollout(phoenix: Phoenix, namespace: str) 
     if os.environ.get("PHOENIX_TEST_KUBECONFIG") or own is None or own.mode != "full":
         pytest.skip("the API server of this cluster cannot be restarted from here")
     drain = {"drainSeconds": 10}
+    phoenix.start_client(namespace)
     phoenix.apply(namespace, model(replicas=2, rollout=drain))
     phoenix.wait_ready(namespace)
+    phoenix.infer(namespace)  # kube-proxy knows of the pods now
     service = phoenix.get(namespace, "service/iris")
     assert service is not None
     before = restarts(phoenix)
@@ -204,6 +206,7 @@ def test_definition_is_upgraded_under_load(phoenix: Phoenix, namespace: str) -> 
     phoenix.start_client(namespace)
     phoenix.apply(namespace, model())
     phoenix.wait_ready(namespace)
+    phoenix.infer(namespace)  # kube-proxy knows of the pod now: what fails from here on is no late start
     before = phoenix.pods(namespace)[0]["metadata"]["uid"]
     started = now()
     asking = ("kubectl", "exec", "-i", "client", "-n", namespace, "--", "python", "-c", "PROGRAM")
