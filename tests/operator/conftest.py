@@ -7,7 +7,6 @@ from typing import Any
 import kubernetes_validate
 import pytest
 
-pytest.register_assert_rewrite("status_cases")
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parent / "phoenix_api")]
 
