@@ -178,10 +178,14 @@ def test_objects_that_others_write_all_the_time(phoenix: Phoenix, namespace: str
         f"/apis/apps/v1/namespaces/{namespace}/deployments/iris",
         f"/api/v1/namespaces/{namespace}/services/iris",
     )
-    with scribblers(phoenix, *paths) as writes:
-        for rows in (2, 3):
-            phoenix.apply(namespace, model(batching={"maxRows": rows}))
-            phoenix.wait_ready(namespace)
+    try:
+        with scribblers(phoenix, *paths) as writes:
+            for rows in (2, 3):
+                phoenix.apply(namespace, model(batching={"maxRows": rows}))
+                phoenix.wait_ready(namespace)
+    finally:
+        where = ("-n", tools.OPERATOR_NAMESPACE)
+        phoenix.kubectl("annotate", "lease/phoenix-operator", "example.com/scribble-", *where)
     # an annotation makes a new generation of a Deployment: its controller catches up when nobody writes any more
     phoenix.wait_condition(namespace, "iris", "Progressing", "True", "RolledOut")
     conflicts = [line for line in phoenix.operator_metrics().splitlines() if 'code="409"' in line]
