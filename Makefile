@@ -83,7 +83,7 @@ manifests: $(DEV) ## Write the operator's own manifests again (operator/manifest
 
 .PHONY: golden
 golden: $(DEV) ## Write what models become again, for the tests to hold
-	$(BIN)/python tests/operator/scenarios.py
+	$(BIN)/python tests/operator/model_scenarios.py
 
 .PHONY: generate-check
 generate-check: $(DEV) ## Fail if a generated file is not current

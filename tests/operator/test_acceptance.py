@@ -3,8 +3,8 @@
 from typing import Any
 
 import pytest
+from model_scenarios import PROFILES
 from objects import DIGEST, subject
-from scenarios import PROFILES
 
 from phoenix_api import CONDITIONS, ConditionType, Reason
 from phoenix_operator.desired.acceptance import Fault, faults

@@ -6,9 +6,9 @@ import re
 import kubernetes_validate
 import pytest
 import yaml
+from model_scenarios import COMPLETE_CPU, GOLDEN, SCENARIOS, render
 from objects import by_place, rendered, subject
 from pod_security import violations
-from scenarios import COMPLETE_CPU, GOLDEN, SCENARIOS, render
 from specs import GOOD, Case
 
 from phoenix_operator.desired.naming import labels

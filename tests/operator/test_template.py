@@ -8,8 +8,8 @@ import yaml
 from hypothesis import example, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
+from model_scenarios import COMPLETE_CPU, SCENARIOS
 from objects import SETTINGS, by_place, deployment, document, ended, loaded, ready, rendered, seen, subject, unplaced
-from scenarios import COMPLETE_CPU, SCENARIOS
 
 from phoenix_api import parse_manifests
 from phoenix_operator.desired import config
