@@ -1,5 +1,6 @@
 """GPUs that the node advertises and the scheduler hands out for real; there is no device behind them."""
 
+import json
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,9 +12,21 @@ from phoenix_cluster import Phoenix, model
 @pytest.fixture
 def two_gpus(phoenix: Phoenix) -> Iterator[None]:
     """The node advertises two nvidia.com/gpu."""
+    # the pods of the test before may still be ending, and a preference gives way at once where no device is free
+    phoenix.wait_for("free devices", lambda: not _holders(phoenix), deadline_s=90)
     tools.lab("gpus", "2")
     yield
     tools.lab("gpus", "0")
+
+
+def _holders(phoenix: Phoenix) -> list[str]:
+    """Return the pods on the node that have a device."""
+    pods = json.loads(phoenix.kubectl("get", "pods", "-A", "-o", "json"))["items"]
+    return [
+        pod["metadata"]["name"]
+        for pod in pods
+        if any("nvidia.com/gpu" in row["resources"].get("limits", {}) for row in pod["spec"]["containers"])
+    ]
 
 
 def on_gpu(name: str, policy: str, count: int = 1, **spec: Any) -> dict[str, Any]:
@@ -116,5 +129,5 @@ def _placed(phoenix: Phoenix, namespace: str) -> set[str]:
 
 def _short(phoenix: Phoenix, namespace: str) -> str:
     rows = phoenix.conditions(namespace)
-    messages = [row["message"] for row in rows.values() if "asked 4" in row["message"]]
+    messages = [row["message"] for row in rows.values() if "asked 4, free 0 of 4" in row["message"]]
     return messages[0] if messages else ""

@@ -1,7 +1,7 @@
 """The scenarios of the golden files: a model, settings and what is seen, and the objects that come of them.
 
-`python tests/operator/model_scenarios.py` (`make golden`) writes `golden/<name>.yaml` again. A file holds the objects that
-differ from those of `minimal`, and names the others.
+`make golden` runs it and writes `golden/<name>.yaml` again. A file holds the objects that differ from those of
+`minimal`, and names the others.
 """
 
 import sys
