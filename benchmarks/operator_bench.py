@@ -46,8 +46,9 @@ from operator_lab import (
     write_kubeconfig,
     writes,
 )
-from operator_results import Outcome, number, tables, write
+from operator_results import Outcome, tables, write
 from processes import BenchError, free_port
+from report import number
 from rich.console import Console
 from rich.table import Table
 

@@ -6,15 +6,11 @@ import argparse
 import datetime
 import importlib.metadata
 import json
-import os
-import platform
-import re
-import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import median
-from typing import Any
+
+from report import Table, commit, machine, slug, spread
 
 _ROOT = Path(__file__).parent.parent
 _PACKAGES = ("kopf", "kubernetes", "aiohttp", "pydantic", "prometheus-client")
@@ -76,15 +72,6 @@ TARGETS = (
     Target("highest resident memory in MB", lambda outcome: outcome.highest("peak_rss_mb"), 150),
     Target("highest proportional memory in MB, of those at the end of a phase", lambda o: o.highest("pss_mb"), 150),
 )
-
-
-@dataclass(frozen=True, slots=True)
-class Table:
-    """A table for the terminal and for Markdown alike."""
-
-    title: str
-    columns: tuple[str, ...]
-    rows: Sequence[tuple[str, ...]]
 
 
 def tables(outcome: Outcome) -> list[Table]:
@@ -163,26 +150,11 @@ def _rest(outcome: Outcome) -> Table:
     return Table("Latency, restart, rest and memory", ("what", "measured"), rows)
 
 
-def spread(values: Sequence[float]) -> str:
-    """Return the median with the range behind it."""
-    if len(set(values)) == 1:
-        return number(values[0])
-    return f"{number(median(values))} ({number(min(values))} to {number(max(values))})"
-
-
-def number(value: float) -> str:
-    """Return three significant digits, or all of a whole number."""
-    if value >= 1000:
-        return f"{value:,.0f}"
-    return f"{value:.3g}" if value < 100 else f"{value:.0f}"
-
-
 def write(outcome: Outcome, options: argparse.Namespace) -> Path:
     """Write `<date>-<machine>.json` and `latest.md` into the options' folder; return the former."""
     folder: Path = options.output
     folder.mkdir(parents=True, exist_ok=True)
-    on, of, date = _machine(), _versions(outcome), datetime.datetime.now(datetime.UTC)
-    slug = re.sub(r"[^a-z0-9]+", "-", f"{on['cpu']} {on['cores']} cores".lower()).strip("-")
+    on, of, date = machine(), _versions(outcome), datetime.datetime.now(datetime.UTC)
     asked = {name: getattr(options, name) for name in ("models", "edits", "rounds", "resyncs", "concurrency")}
     document = {
         "date": date.isoformat(timespec="seconds"),
@@ -202,7 +174,7 @@ def write(outcome: Outcome, options: argparse.Namespace) -> Path:
             for target in TARGETS
         ],
     }
-    file = folder / f"{date:%Y-%m-%d}-{slug}.json"
+    file = folder / f"{date:%Y-%m-%d}-{slug(on)}.json"
     file.write_text(json.dumps(document, indent=1) + "\n")
     lines = [
         "# What the operator costs",
@@ -215,39 +187,15 @@ def write(outcome: Outcome, options: argparse.Namespace) -> Path:
         "",
     ]
     for table in tables(outcome):
-        lines += [f"## {table.title}", "", _markdown(table.columns), _markdown(["---"] * len(table.columns))]
-        lines += [*map(_markdown, table.rows), ""]
+        lines += table.markdown()
     lines += [*(f"* {note}" for note in outcome.notes), ""] if outcome.notes else []
     lines.append("Made by `make bench-operator`; see `benchmarks/README.md`.")
     (folder / "latest.md").write_text("\n".join(lines) + "\n")
     return file
 
 
-def _markdown(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
-
-
-def _machine() -> dict[str, Any]:
-    """Return what the figures depend on, without the machine's name."""
-    info = Path("/proc/cpuinfo").read_text()
-    found = re.search(r"^model name\s*: (.*)$", info, re.MULTILINE)
-    return {
-        "cpu": found[1].strip() if found else platform.machine(),
-        "cores": len(os.sched_getaffinity(0)),
-        "kernel": platform.release(),
-        "python": platform.python_version(),
-    }
-
-
 def _versions(outcome: Outcome) -> dict[str, str]:
     """Return the versions of what takes part."""
     found = {"kubernetes API server": outcome.kubernetes}
     found |= {package: importlib.metadata.version(package) for package in _PACKAGES}
-    changed = " with changes" if _git("status", "--porcelain", "--", "operator", "crds") else ""
-    return found | {"phoenix commit": f"{_git('rev-parse', '--short', 'HEAD') or 'none'}{changed}"}
-
-
-def _git(*arguments: str) -> str:
-    command = ["git", "-C", str(_ROOT), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=30)
-    return done.stdout.strip() if done.returncode == 0 else ""
+    return found | {"phoenix commit": commit(_ROOT, "operator", "crds")}

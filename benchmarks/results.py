@@ -9,16 +9,13 @@ from __future__ import annotations
 import datetime
 import importlib.metadata
 import json
-import os
-import platform
-import re
-import subprocess
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from load import generators
+from report import Table, commit, machine, number, slug, spread
 from scenarios import SCENARIOS, TARGETS, Figures, Target
 
 UNITS = {
@@ -69,15 +66,6 @@ class Outcome:
         if target.over is None:
             return self.values(target.scenario, "phoenix", target.figure)
         return self.ratios(target.scenario, "phoenix", target.over, target.figure)
-
-
-@dataclass(frozen=True, slots=True)
-class Table:
-    """A table for the terminal and for Markdown alike."""
-
-    title: str
-    columns: tuple[str, ...]
-    rows: list[tuple[str, ...]]
 
 
 def tables(outcome: Outcome) -> list[Table]:
@@ -135,22 +123,6 @@ def title_of(subject: str) -> str:
     return f"{TITLES[name]}, batch {rows}" if rows else TITLES[name]
 
 
-def spread(values: list[float]) -> str:
-    """Return the median with the range behind it."""
-    if not values:
-        return ""
-    if len(values) == 1:
-        return number(values[0])
-    return f"{number(median(values))} ({number(min(values))} to {number(max(values))})"
-
-
-def number(value: float) -> str:
-    """Return three significant digits, or all of a whole number."""
-    if value >= 1000:
-        return f"{value:,.0f}"
-    return f"{value:.3g}" if value < 100 else f"{value:.0f}"
-
-
 def quietness(outcome: Outcome) -> str:
     """Say how steady the machine was: the spread of the same work in process before every round."""
     if not outcome.quiet_rps:
@@ -158,19 +130,6 @@ def quietness(outcome: Outcome) -> str:
     low, high = min(outcome.quiet_rps), max(outcome.quiet_rps)
     text = f"iris in process ran at {low:,.0f} to {high:,.0f} rows/s over the run (lowest/highest {low / high:.2f})"
     return text if low / high >= 0.85 else f"{text}: the machine is noisy, trust the ratios only"
-
-
-def machine() -> dict[str, Any]:
-    """Return what the figures depend on, without the machine's name."""
-    info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    found = re.search(r"^model name\s*: (.*)$", info, re.MULTILINE)
-    return {
-        "cpu": found[1].strip() if found else platform.machine(),
-        "cores": len(os.sched_getaffinity(0)),
-        "kernel": platform.release(),
-        "python": platform.python_version(),
-        "load_generators": generators(),
-    }
 
 
 def versions(root: Path) -> dict[str, str]:
@@ -181,15 +140,7 @@ def versions(root: Path) -> dict[str, str]:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             found[package] = "not installed"
-    found["phoenix commit"] = _git(root, "rev-parse", "--short", "HEAD") or "none"
-    if _git(root, "status", "--porcelain", "--", "inference_server", "crds"):
-        found["phoenix commit"] += " with changes"
-    return found
-
-
-def _git(root: Path, *arguments: str) -> str:
-    done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, check=False, timeout=30)
-    return done.stdout.strip() if done.returncode == 0 else ""
+    return found | {"phoenix commit": commit(root, "inference_server", "crds")}
 
 
 def write(
@@ -197,8 +148,8 @@ def write(
 ) -> Path:
     """Write `<date>-<machine>.json` and `latest.md`; return the former."""
     folder.mkdir(parents=True, exist_ok=True)
-    on, of, date = machine(), {**versions(root), **(about or {})}, datetime.datetime.now(datetime.UTC)
-    slug = re.sub(r"[^a-z0-9]+", "-", f"{on['cpu']} {on['cores']} cores".lower()).strip("-")
+    on, date = machine() | {"load_generators": generators()}, datetime.datetime.now(datetime.UTC)
+    of = {**versions(root), **(about or {})}
     document = {
         "date": date.isoformat(timespec="seconds"),
         "machine": on,
@@ -219,7 +170,7 @@ def write(
             if (values := outcome.of_target(target))
         ],
     }
-    file = folder / f"{date:%Y-%m-%d}-{slug}.json"
+    file = folder / f"{date:%Y-%m-%d}-{slug(on)}.json"
     file.write_text(json.dumps(document, indent=1) + "\n")
     lines = [
         "# Benchmark results", "",
@@ -230,12 +181,7 @@ def write(
     ]  # fmt: skip
     for table in tables(outcome):
         if table.rows:
-            lines += [f"## {table.title}", "", _markdown(table.columns), _markdown(["---"] * len(table.columns))]
-            lines += [*map(_markdown, table.rows), ""]
+            lines += table.markdown()
     lines += [*(f"* {note}" for note in outcome.notes), "Made by `make bench`; see `benchmarks/README.md`."]
     (folder / "latest.md").write_text("\n".join(lines) + "\n")
     return file
-
-
-def _markdown(cells: tuple[str, ...] | list[str]) -> str:
-    return f"| {' | '.join(cells)} |"

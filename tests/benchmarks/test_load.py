@@ -9,7 +9,7 @@ from types import ModuleType
 import pytest
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-NAMES = ("load", "processes", "raw", "results", "scenarios", "subjects", "workloads")
+NAMES = ("load", "processes", "raw", "report", "results", "scenarios", "subjects", "workloads")
 
 H2LOAD = """\
 finished in 2.00s, 10.00 req/s, 1.00KB/s
