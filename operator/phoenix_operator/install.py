@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from phoenix_operator import __version__
+from phoenix_operator.desired.deployment import RESTRICTED_CONTAINER, RESTRICTED_POD
 from phoenix_operator.desired.naming import OPERATOR
 from phoenix_operator.kinds import (
     CHILDREN,
@@ -32,7 +33,6 @@ from phoenix_operator.render import as_yaml
 NAMESPACE = "phoenix-system"
 SETTINGS_FILE = "/etc/phoenix-operator/settings.yaml"
 _IMAGE = f"phoenix-ml/phoenix-operator:{__version__}"
-_USER = 10001
 _LABELS = {
     "app.kubernetes.io/name": OPERATOR,
     "app.kubernetes.io/part-of": "phoenix",
@@ -170,11 +170,7 @@ def _deployment(namespaces: Sequence[str]) -> Object:
         "startupProbe": _probe("/healthz", 1, 30),
         "readinessProbe": _probe("/readyz", 5, 2),
         "livenessProbe": _probe("/healthz", 10, 3),
-        "securityContext": {
-            "allowPrivilegeEscalation": False,
-            "readOnlyRootFilesystem": True,
-            "capabilities": {"drop": ["ALL"]},
-        },
+        "securityContext": RESTRICTED_CONTAINER,
         "volumeMounts": [
             {"name": "settings", "mountPath": str(Path(SETTINGS_FILE).parent), "readOnly": True},
             {"name": "tmp", "mountPath": "/tmp"},
@@ -184,12 +180,7 @@ def _deployment(namespaces: Sequence[str]) -> Object:
         "serviceAccountName": OPERATOR,
         "enableServiceLinks": False,
         "terminationGracePeriodSeconds": 30,
-        "securityContext": {
-            "runAsNonRoot": True,
-            "runAsUser": _USER,
-            "runAsGroup": _USER,
-            "seccompProfile": {"type": "RuntimeDefault"},
-        },
+        "securityContext": RESTRICTED_POD,
         "affinity": {
             "podAntiAffinity": {
                 "preferredDuringSchedulingIgnoredDuringExecution": [

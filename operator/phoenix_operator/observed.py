@@ -22,6 +22,11 @@ HASH = "phoenix-ml.io/hash"  # hash of a whole object as the operator wants it
 WITHHELD = "phoenix-ml.io/accelerator-withheld"  # on the Deployment: spec hash for which no accelerator is asked
 
 
+def stamp(now: datetime) -> str:
+    """Write a time as the API does: RFC 3339, UTC, whole seconds."""
+    return now.strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
 @dataclass(frozen=True, slots=True)
 class Subject:
     """A PhoenixModel with what the API server added to it."""

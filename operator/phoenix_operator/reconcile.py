@@ -16,13 +16,13 @@ from pydantic import ValidationError
 from phoenix_api.faults import explain, path_of
 from phoenix_operator.cluster import ApiError, Cluster
 from phoenix_operator.desired import desired_objects
-from phoenix_operator.desired.acceptance import faults
+from phoenix_operator.desired.acceptance import faults, is_left_alone
 from phoenix_operator.desired.network import path_prefix
 from phoenix_operator.desired.source import config_map_source
 from phoenix_operator.difference import is_as_wanted
 from phoenix_operator.kinds import CHILDREN, CONFIG_MAP, IMMUTABLE, PHOENIX_MODEL, POD, SECRET, Kind, kind_of
 from phoenix_operator.metrics import Metrics
-from phoenix_operator.observed import HASH, Missing, Object, Observed, Pod, Reference, Refusal, Subject
+from phoenix_operator.observed import HASH, Missing, Object, Observed, Pod, Reference, Refusal, Subject, stamp
 from phoenix_operator.placement import Placement
 from phoenix_operator.pod_state import PodStates
 from phoenix_operator.recorder import Happening, Recorder, happenings
@@ -88,11 +88,11 @@ class Reconciler:
             subject = Subject.read(document)
         except ValidationError as error:
             words = "; ".join(f"{path_of(location)}: {message}" for location, message in explain(error))
-            await self._write_status(document, unreadable_status(document, words, _stamp(_now())))
+            await self._write_status(document, unreadable_status(document, words, stamp(_now())))
             return None
         observed = await self._observe(key, subject)
         found = faults(subject, observed, self._parts.settings)
-        if all(fault.reason == "ObjectRefused" for fault in found):
+        if not is_left_alone(found):
             observed = await self._apply_all(key, subject, observed)
             found = faults(subject, observed, self._parts.settings)
         status = next_status(subject, observed, self._parts.settings, found)
@@ -197,10 +197,11 @@ class Reconciler:
                 live[place] = stored
                 if body is not None or not is_first:
                     await self._tell_repair(subject, manifest, body)
-        for place in refused.keys() - {_place(manifest) for manifest in wanted}:
+        places = {_place(manifest) for manifest in wanted}
+        for place in refused.keys() - places:
             del refused[place]
         for place, body in observed.children.items():
-            if place not in {_place(manifest) for manifest in wanted}:
+            if place not in places:
                 await parts.cluster.delete(place[0], subject.namespace, place[1], uid=body["metadata"]["uid"])
                 parts.store.discard(place[0], body)
                 live.pop(place)
@@ -254,10 +255,7 @@ class Reconciler:
         """Tell of an object that somebody else had changed or deleted; our own new wishes are no repair."""
         if before is not None:
             annotations = before["metadata"].get("annotations") or {}
-            is_own_wish = (
-                annotations.get("phoenix-ml.io/hash") != manifest["metadata"]["annotations"]["phoenix-ml.io/hash"]
-            )
-            if is_own_wish:
+            if annotations.get(HASH) != manifest["metadata"]["annotations"][HASH]:
                 return
         elif subject.status.get("observedGeneration") != subject.generation:
             return
@@ -332,7 +330,3 @@ def _is_of_predecessor(subject: Subject, body: Object) -> bool:
 
 def _now() -> datetime:
     return datetime.now(UTC)
-
-
-def _stamp(now: datetime) -> str:
-    return now.strftime("%Y-%m-%dT%H:%M:%SZ")

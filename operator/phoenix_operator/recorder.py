@@ -16,7 +16,7 @@ from phoenix_operator.cluster import ApiError, Cluster
 from phoenix_operator.desired.naming import OPERATOR, digest
 from phoenix_operator.kinds import EVENT, PHOENIX_MODEL
 from phoenix_operator.metrics import Metrics
-from phoenix_operator.observed import Object, Subject
+from phoenix_operator.observed import Object, Subject, stamp
 
 _log = logging.getLogger(__name__)
 _MOST_REMEMBERED = 4096
@@ -68,7 +68,7 @@ class Recorder:
     async def record(self, subject: Subject, happened: Happening, now: datetime) -> None:
         """Write an event, or count up the one that says the same."""
         name = f"{subject.name}.{digest([subject.uid, happened.type, happened.reason, happened.message])}"
-        at = now.strftime("%Y-%m-%dT%H:%M:%SZ")
+        at = stamp(now)
         try:
             known = self._known.get((subject.namespace, name))
             if known is None:

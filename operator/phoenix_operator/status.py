@@ -18,12 +18,12 @@ from phoenix_api import (
 )
 from phoenix_api.status import Endpoints, LoadedModel, ReplicaCounts, TensorDescription
 from phoenix_operator.desired import config
-from phoenix_operator.desired.accelerator import ask
-from phoenix_operator.desired.acceptance import Fault, prefers
+from phoenix_operator.desired.accelerator import ask, prefers
+from phoenix_operator.desired.acceptance import Fault, is_left_alone
 from phoenix_operator.desired.deployment import is_in_place, is_withheld, template_hash
 from phoenix_operator.desired.naming import GRPC_PORT, HTTP_PORT, selector
 from phoenix_operator.desired.network import path_prefix
-from phoenix_operator.observed import TEMPLATE, Loaded, Object, Observed, Pod, Subject
+from phoenix_operator.observed import TEMPLATE, Loaded, Object, Observed, Pod, Subject, stamp
 from phoenix_operator.settings import Settings
 from phoenix_operator.trouble import (
     REASON_OF,
@@ -79,7 +79,7 @@ def next_status(subject: Subject, observed: Observed, settings: Settings, faults
     verdicts = view.verdicts()
     verdicts[ConditionType.READY] = _ready(verdicts, view)
     before = view.before
-    now = observed.now.strftime("%Y-%m-%dT%H:%M:%SZ") if observed.now else "1970-01-01T00:00:00Z"
+    now = stamp(observed.now) if observed.now else "1970-01-01T00:00:00Z"
     status = Status(
         observed_generation=subject.generation,
         replicas=view.counts(),
@@ -87,7 +87,9 @@ def next_status(subject: Subject, observed: Observed, settings: Settings, faults
         selector=",".join(f"{key}={value}" for key, value in selector(subject.name).items()),
         model=view.loaded_model(),
         endpoints=view.endpoints(),
-        conditions=[_condition(kind, verdict, subject, before.get(kind), now) for kind, verdict in verdicts.items()],
+        conditions=[
+            _condition(kind, verdict, subject.generation, before.get(kind), now) for kind, verdict in verdicts.items()
+        ],
     )
     dumped: Object = status.model_dump(mode="json", by_alias=True, exclude_none=True)
     return dumped
@@ -98,29 +100,20 @@ def unreadable_status(document: Object, message: str, now: str) -> Object:
     generation = document["metadata"].get("generation", 0)
     old = document.get("status", {})
     before = {row["type"]: row for row in old.get("conditions", [])}
-    for kind, verdict in (
-        (ConditionType.ACCEPTED, _no(Reason.INVALID_SPEC, message)),
-        (ConditionType.READY, _no(Reason.INVALID_SPEC, message)),
-    ):
-        row = Condition(
-            type=kind,
-            status=verdict.status,
-            observed_generation=generation,
-            last_transition_time=_since(before.get(kind), verdict, now),
-            reason=verdict.reason,
-            message=_shortened(verdict.message),
-        )
+    verdict = _no(Reason.INVALID_SPEC, message)
+    for kind in (ConditionType.ACCEPTED, ConditionType.READY):
+        row = _condition(kind, verdict, generation, before.get(kind), now)
         before[kind] = row.model_dump(mode="json", by_alias=True)
     ordered = [before[kind] for kind in ConditionType if kind in before]
     status: Object = old | {"observedGeneration": generation, "conditions": ordered}
     return status
 
 
-def _condition(kind: ConditionType, verdict: Verdict, subject: Subject, before: Object | None, now: str) -> Condition:
+def _condition(kind: ConditionType, verdict: Verdict, generation: int, before: Object | None, now: str) -> Condition:
     return Condition(
         type=kind,
         status=verdict.status,
-        observed_generation=subject.generation,
+        observed_generation=generation,
         last_transition_time=_since(before, verdict, now),
         reason=verdict.reason,
         message=_shortened(verdict.message or verdict.reason.meaning),
@@ -154,6 +147,7 @@ class _View:
 
     def __init__(self, subject: Subject, observed: Observed, settings: Settings, faults: tuple[Fault, ...]) -> None:
         self.subject, self.observed, self.settings, self.faults = subject, observed, settings, faults
+        self.is_left_alone = is_left_alone(faults)
         self.before = {row["type"]: row for row in subject.status.get("conditions", [])}
         self._wanted = wanted = template_hash(subject, observed, settings)
         alive = [pod for pod in observed.pods if not pod.is_leaving]
@@ -163,11 +157,6 @@ class _View:
         self.gone_old = [pod for pod in observed.pods if pod.is_leaving and pod.template != wanted]
         self.ready = [pod for pod in alive if pod.is_ready]
         self.new_ready = [pod for pod in self.new if pod.is_ready]
-
-    @property
-    def is_left_alone(self) -> bool:
-        """Whether nothing is done about the spec. An object that is refused keeps no other from being applied."""
-        return any(fault.reason is not Reason.OBJECT_REFUSED for fault in self.faults)
 
     def verdicts(self) -> dict[ConditionType, Verdict]:
         """Return every condition but `Ready`, in the order of the table."""

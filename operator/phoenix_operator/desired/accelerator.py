@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from phoenix_api import Provider
+from phoenix_api import AcceleratorPolicy, Provider
 from phoenix_operator.desired.naming import claim_template_name, owned
 from phoenix_operator.kinds import RESOURCE_CLAIM_TEMPLATE
 from phoenix_operator.observed import Object, Subject
@@ -54,6 +54,12 @@ def ask(subject: Subject, settings: Settings) -> Ask | None:
         tolerations=[row.model_dump(mode="json", by_alias=True, exclude_none=True) for row in profile.tolerations],
         runtime_class_name=profile.runtime_class_name,
     )
+
+
+def prefers(subject: Subject) -> bool:
+    """Whether the model also serves without its accelerator."""
+    accelerator = subject.spec.runtime.accelerator
+    return accelerator is not None and accelerator.policy is AcceleratorPolicy.PREFER
 
 
 def claim_template(subject: Subject, asked: Ask) -> Object:

@@ -1,9 +1,9 @@
 """Whether a spec can be acted on: what the API server cannot know, because settings and cluster decide it."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from phoenix_api import AcceleratorPolicy, Reason
+from phoenix_api import Reason
 from phoenix_operator.desired.accelerator import ask
 from phoenix_operator.desired.deployment import RESERVED_ENV
 from phoenix_operator.kinds import HTTP_ROUTE, RESOURCE_CLAIM_TEMPLATE, Kind
@@ -24,6 +24,11 @@ def faults(subject: Subject, observed: Observed, settings: Settings) -> list[Fau
     found = [*_clashes(subject, observed), *_refused(observed)]
     found += [*_invalid(subject, settings), *_unknown(subject, observed, settings), *_not_yet(subject)]
     return found
+
+
+def is_left_alone(faults: Iterable[Fault]) -> bool:
+    """Whether nothing is done about the spec. An object that is refused keeps no other from being applied."""
+    return any(fault.reason is not Reason.OBJECT_REFUSED for fault in faults)
 
 
 def _not_yet(subject: Subject) -> Iterator[Fault]:
@@ -106,9 +111,3 @@ def _refused(observed: Observed) -> Iterator[Fault]:
             yield Fault(
                 Reason.OBJECT_REFUSED, f"the API server refuses {refusal.kind} {refusal.name}: {refusal.message}"
             )
-
-
-def prefers(subject: Subject) -> bool:
-    """Whether the model also serves without its accelerator."""
-    accelerator = subject.spec.runtime.accelerator
-    return accelerator is not None and accelerator.policy is AcceleratorPolicy.PREFER

@@ -9,7 +9,7 @@ from typing import Any
 
 from phoenix_api import Quantity, RolloutStrategy
 from phoenix_operator.desired import config
-from phoenix_operator.desired.accelerator import CLAIM, Ask, ask
+from phoenix_operator.desired.accelerator import CLAIM, Ask, ask, prefers
 from phoenix_operator.desired.naming import (
     GRPC_PORT,
     HTTP_PORT,
@@ -26,7 +26,19 @@ from phoenix_operator.kinds import DEPLOYMENT
 from phoenix_operator.observed import CONTAINER, REVISION, TEMPLATE, WITHHELD, Object, Observed, Pod, Subject
 from phoenix_operator.settings import Settings
 
-USER = 10001  # of the server image
+USER = 10001  # of the images
+# What Pod Security `restricted` asks for, and a read-only root.
+RESTRICTED_POD: Object = {
+    "runAsNonRoot": True,
+    "runAsUser": USER,
+    "runAsGroup": USER,
+    "seccompProfile": {"type": "RuntimeDefault"},
+}
+RESTRICTED_CONTAINER: Object = {
+    "allowPrivilegeEscalation": False,
+    "readOnlyRootFilesystem": True,
+    "capabilities": {"drop": ["ALL"]},
+}
 # What the pod's own wiring depends on: `spec.pod.env` may set any other variable.
 RESERVED_ENV = ("PHOENIX_HOST", "PHOENIX_HTTP_PORT", "PHOENIX_GRPC_PORT", "PHOENIX_TERMINATION_LOG", "PHOENIX_WATCH")
 _PROBE_PERIOD_S = 5
@@ -79,11 +91,8 @@ def is_withheld(subject: Subject, observed: Observed, settings: Settings) -> boo
     It is decided when the scheduler says so, and stands until the spec changes: going back and forth would restart
     pods whenever a device comes free for a moment.
     """
-    asked, accelerator = ask(subject, settings), subject.spec.runtime.accelerator
-    if asked is None or accelerator is None or accelerator.policy != "Prefer":
-        return False
-    current = observed.deployment
-    if current is None:
+    asked, current = ask(subject, settings), observed.deployment
+    if asked is None or current is None or not prefers(subject):
         return False
     if current["metadata"].get("annotations", {}).get(WITHHELD) == spec_hash(subject):
         return True
@@ -147,12 +156,9 @@ def _pod(subject: Subject, observed: Observed, settings: Settings) -> Object:
         "serviceAccountName": service_account_name(subject),
         "terminationGracePeriodSeconds": spec.rollout.drain_seconds + spec.limits.timeout_seconds + _FLUSH_S,
         "securityContext": {
-            "runAsNonRoot": True,
-            "runAsUser": USER,
-            "runAsGroup": USER,
+            **RESTRICTED_POD,
             "fsGroup": USER,
             "fsGroupChangePolicy": "OnRootMismatch",
-            "seccompProfile": {"type": "RuntimeDefault"},
         },
         "topologySpreadConstraints": [_spread(subject, key) for key in ("topology.kubernetes.io/zone", _HOST)],
         "volumes": volumes,
@@ -202,11 +208,7 @@ def _container(subject: Subject, asked: Ask | None, settings: Settings) -> Objec
         "startupProbe": _probe("ready", 1, spec.rollout.progress_deadline_seconds),
         "readinessProbe": _probe("ready", _PROBE_PERIOD_S, 2),
         "livenessProbe": _probe("live", _PROBE_PERIOD_S, 6),
-        "securityContext": {
-            "allowPrivilegeEscalation": False,
-            "readOnlyRootFilesystem": True,
-            "capabilities": {"drop": ["ALL"]},
-        },
+        "securityContext": RESTRICTED_CONTAINER,
         "volumeMounts": [
             {"name": "model", "mountPath": config.MOUNT, "readOnly": True},
             {"name": "tmp", "mountPath": "/tmp"},
