@@ -58,7 +58,7 @@ test-fast: $(DEV) ## Run the tests that take no more than seconds
 
 .PHONY: test-cluster
 test-cluster: $(DEV) ## Run the tests on a real Kubernetes
-	PHOENIX_REQUIRE=cluster $(BIN)/pytest -m "cluster or images" tests/images tests/cluster
+	PHOENIX_REQUIRE=cluster $(BIN)/pytest -m "cluster or images"
 
 .PHONY: lint
 lint: $(DEV) ## Style, types, import rules, generated files

@@ -8,6 +8,7 @@ tests install Phoenix with the same functions. Standard library only.
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -38,6 +39,9 @@ class Kubectl:
 
     def __init__(self, kubeconfig: str) -> None:
         self.environment = os.environ | {"KUBECONFIG": kubeconfig}
+        if shutil.which("kubectl") is None:  # a bare machine: the lab builds one
+            folder = Path(lab("binary", "kubectl")).parent
+            self.environment["PATH"] = f"{folder}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
 
     def __call__(self, *arguments: str, stdin: str | None = None, timeout_s: float = 120) -> str:
         """Run kubectl; return what it printed. Raises `CalledProcessError` with its words in `stderr`."""
@@ -79,8 +83,7 @@ def install(kubectl: Kubectl) -> None:
     """Apply the operator's manifests and wait for it; running pods take up an image that was built again."""
     say("installing the operator")
     kubectl("apply", "--server-side", "--force-conflicts", "-k", str(MANIFESTS))
-    digest = image_id(images()[1])
-    restart_operator(kubectl, digest)
+    restart_operator(kubectl, image_id(images()[1]))
 
 
 def restart_operator(kubectl: Kubectl, why: str) -> None:
