@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -27,11 +28,25 @@ def say(text: str) -> None:
 
 
 def lab(*arguments: str) -> str:
-    """Run a command of the lab; return what it printed, without the last line's end."""
+    """Run a command of the lab, its progress passed on; return what it printed, without the last line's end.
+
+    Raises `CalledProcessError` with the end of the progress in `stderr`.
+    """
     environment = os.environ | {"PYTHONPATH": str(ROOT / "tools")}
     command = [sys.executable, "-m", "lab", *arguments]
-    done = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True)
-    return done.stdout.strip()
+    said: deque[str] = deque(maxlen=40)
+    with subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        for line in process.stderr:
+            print(line, end="", file=sys.stderr, flush=True)
+            said.append(line)
+        answer = process.stdout.read()
+    if process.returncode:
+        raise subprocess.CalledProcessError(process.returncode, command, answer, "".join(said))
+    return answer.strip()
 
 
 class Kubectl:

@@ -2,8 +2,10 @@
 
 import base64
 import json
+import socket
 import subprocess
 import sys
+from dataclasses import asdict
 
 import pytest
 import yaml
@@ -199,6 +201,15 @@ def test_facts_are_kept_until_the_next_boot(lab):
     facts.boot = "an earlier boot"
     lab.write(facts)
     assert lab.facts() is None
+
+
+def test_ports_that_others_took_from_parts_that_ended_are_lost(lab, sleeper):
+    with socket.create_server(("127.0.0.1", 0)) as somebody, socket.create_server(("127.0.0.1", 0)) as ours:
+        ports = {"etcd": somebody.getsockname()[1], "apiserver": ours.getsockname()[1], "coredns": 1}
+        facts = Facts(mode="full", kubernetes="v1", host_ip="192.0.2.1", ports=ports, components=list(ports))
+        lab.records.mkdir()
+        (lab.records / "apiserver.json").write_text(json.dumps(asdict(processes.Record.of(sleeper.pid))))
+        assert cluster.lost_ports(lab, facts) == f"etcd {ports['etcd']}"
 
 
 def test_lab_that_is_not_up_says_how_to_start_it(lab):

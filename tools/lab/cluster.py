@@ -74,6 +74,9 @@ def _up(lab: Lab, mode: str, components: Sequence[str]) -> None:
     if facts and facts.kubernetes != binaries.KUBERNETES:
         say(f"the lab {lab.name!r} runs Kubernetes {facts.kubernetes}; starting anew with {binaries.KUBERNETES}")
         facts = None
+    elif facts and (ports := lost_ports(lab, facts)):
+        say(f"the lab {lab.name!r} has ended, and others took its ports ({ports}); starting anew")
+        facts = None
     with_node = mode == "full"
     if with_node:
         machine.require_root()
@@ -91,6 +94,12 @@ def _up(lab: Lab, mode: str, components: Sequence[str]) -> None:
         return
     _start_all(lab, facts, missing, is_new=is_new)
     say(f"the lab {lab.name!r} is up: Kubernetes {facts.kubernetes}")
+
+
+def lost_ports(lab: Lab, facts: Facts) -> str:
+    """The ports of parts that do not run, on which somebody else answers: such a part cannot start again."""
+    ended = [name for name in facts.ports if not _is_running(lab, name.removesuffix("-peer"))]
+    return ", ".join(f"{name} {facts.ports[name]}" for name in ended if _answers(facts.ports[name]))
 
 
 def _prepare(lab: Lab, mode: str, components: Sequence[str]) -> Facts:
