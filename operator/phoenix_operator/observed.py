@@ -172,6 +172,12 @@ class Pod:
         return None
 
     @property
+    def unplaced_since(self) -> datetime | None:
+        """When the scheduler first found no node for it, if it still has none."""
+        since = self._condition("PodScheduled").get("lastTransitionTime")
+        return datetime.fromisoformat(since) if since and self.unschedulable is not None else None
+
+    @property
     def waiting(self) -> tuple[str, str] | None:
         """Reason and message of a container that waits, for example `ErrImagePull`."""
         waiting = self._container.get("state", {}).get("waiting")

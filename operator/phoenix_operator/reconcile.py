@@ -16,7 +16,9 @@ from pydantic import ValidationError
 from phoenix_api.faults import explain, path_of
 from phoenix_operator.cluster import ApiError, Cluster
 from phoenix_operator.desired import desired_objects
+from phoenix_operator.desired.accelerator import prefers
 from phoenix_operator.desired.acceptance import faults, is_left_alone
+from phoenix_operator.desired.deployment import PATIENCE_S
 from phoenix_operator.desired.network import path_prefix
 from phoenix_operator.desired.source import config_map_source
 from phoenix_operator.difference import is_as_wanted
@@ -97,7 +99,7 @@ class Reconciler:
             found = faults(subject, observed, self._parts.settings)
         status = next_status(subject, observed, self._parts.settings, found)
         await self._tell(subject, document, status)
-        return self._look_again(observed, not_accepted=bool(found))
+        return self._look_again(subject, observed, not_accepted=bool(found))
 
     # --- observe -----------------------------------------------------------------------------------------------------
 
@@ -290,7 +292,7 @@ class Reconciler:
         self._parts.store.put(PHOENIX_MODEL, stored)
         return True
 
-    def _look_again(self, observed: Observed, *, not_accepted: bool) -> float | None:
+    def _look_again(self, subject: Subject, observed: Observed, *, not_accepted: bool) -> float | None:
         """Return when to look again for what no watch tells."""
         if observed.missing:
             return _SOON_S
@@ -300,8 +302,8 @@ class Reconciler:
             return _REFUSED_S
         if any(pod.is_ready and pod.ip and pod.uid not in observed.loaded for pod in observed.pods):
             return _LATER_S
-        if observed.shortfall:
-            return _LATER_S
+        if observed.shortfall:  # PATIENCE_S of a preferred device ends without an event
+            return PATIENCE_S if prefers(subject) else _LATER_S
         return None
 
 

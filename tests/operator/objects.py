@@ -2,14 +2,14 @@
 
 import json
 from collections.abc import Iterable
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from phoenix_operator.desired import desired_objects
 from phoenix_operator.desired.deployment import template_hash
 from phoenix_operator.desired.naming import HTTP_PORT, labels, sealed
 from phoenix_operator.kinds import DEPLOYMENT, OPTIONAL, Kind, kind_of
-from phoenix_operator.observed import REVISION, TEMPLATE, Loaded, Object, Observed, Pod, Subject
+from phoenix_operator.observed import REVISION, TEMPLATE, Loaded, Object, Observed, Pod, Subject, stamp
 from phoenix_operator.settings import Settings
 
 NAME, NAMESPACE, UID = "fraud", "ml", "0f0e0d0c-0000-4000-8000-000000000001"
@@ -184,8 +184,12 @@ def own_words(reason: str, message: str) -> str:
     return json.dumps({"reason": reason, "message": message})
 
 
-def unplaced(subject: Subject, words: str, name: str = "fraud-1", **parts: Any) -> Pod:
-    condition = {"type": "PodScheduled", "status": "False", "reason": "Unschedulable", "message": words}
+def unplaced(subject: Subject, words: str, name: str = "fraud-1", *, for_s: float = 60, **parts: Any) -> Pod:
+    since = stamp(NOW - timedelta(seconds=for_s))
+    condition = {
+        "type": "PodScheduled", "status": "False", "reason": "Unschedulable", "message": words,
+        "lastTransitionTime": since,
+    }  # fmt: skip
     return pod(subject, name, phase="Pending", conditions=[condition], **parts)
 
 

@@ -13,7 +13,7 @@ from objects import SETTINGS, by_place, deployment, document, ended, loaded, rea
 
 from phoenix_api import parse_manifests
 from phoenix_operator.desired import config
-from phoenix_operator.desired.deployment import is_withheld, pod_template, template_hash
+from phoenix_operator.desired.deployment import PATIENCE_S, is_withheld, pod_template, template_hash
 from phoenix_operator.kinds import CONFIG_MAP, DEPLOYMENT
 from phoenix_operator.observed import REVISION, TEMPLATE, Object, Observed, Subject
 from phoenix_operator.render import as_yaml
@@ -210,6 +210,12 @@ def withheld(model: Subject, *pods: Any, live: Object | None = None) -> bool:
 def test_device_is_withheld_once_the_scheduler_says_that_none_is_left() -> None:
     model = subject(**PREFERS)
     assert withheld(model, unplaced_of(model))
+
+
+def test_device_is_waited_for_a_moment() -> None:
+    model = subject(**PREFERS)
+    assert not withheld(model, unplaced(model, NO_GPU, for_s=PATIENCE_S - 1, template=hash_of(model)))
+    assert withheld(model, unplaced(model, NO_GPU, for_s=PATIENCE_S, template=hash_of(model)))
 
 
 def test_device_is_never_withheld_from_a_model_that_requires_it() -> None:

@@ -42,6 +42,8 @@ RESTRICTED_CONTAINER: Object = {
 # What the pod's own wiring depends on: `spec.pod.env` may set any other variable.
 RESERVED_ENV = ("PHOENIX_HOST", "PHOENIX_HTTP_PORT", "PHOENIX_GRPC_PORT", "PHOENIX_TERMINATION_LOG", "PHOENIX_WATCH")
 _PROBE_PERIOD_S = 5
+# How long a preferred device is waited for: pods that ended a moment ago still hold theirs in the scheduler's books.
+PATIENCE_S = 5
 _FLUSH_S = 10  # between the last answer and the end of the process
 
 
@@ -88,8 +90,8 @@ def spec_hash(subject: Subject) -> str:
 def is_withheld(subject: Subject, observed: Observed, settings: Settings) -> bool:
     """Whether pods go without the accelerator that they would prefer, because no node has one to give.
 
-    It is decided when the scheduler says so, and stands until the spec changes: going back and forth would restart
-    pods whenever a device comes free for a moment.
+    It is decided when the scheduler has said so for `PATIENCE_S`, and stands until the spec changes: going back and
+    forth would restart pods whenever a device comes free for a moment.
     """
     asked, current = ask(subject, settings), observed.deployment
     if asked is None or current is None or not prefers(subject):
@@ -104,7 +106,12 @@ def is_withheld(subject: Subject, observed: Observed, settings: Settings) -> boo
         return False  # a sister has one: the others wait for theirs
     # nor is a device that an old pod still holds a reason to go without: it is about to be given back
     is_held = any(_holds_device(pod, asked) for pod in observed.pods if pod not in newest)
-    return not is_held and any(_lacks_device(pod.unschedulable, asked) for pod in newest)
+    return not is_held and any(_lacks_device(pod.unschedulable, asked) and _has_waited(pod, observed) for pod in newest)
+
+
+def _has_waited(pod: Pod, observed: Observed) -> bool:
+    since = pod.unplaced_since
+    return since is None or observed.now is None or (observed.now - since).total_seconds() >= PATIENCE_S
 
 
 def _lacks_device(words: str | None, asked: Ask) -> bool:
