@@ -134,9 +134,10 @@ class Repository:
         slot = self._declare(manifest)
         name, version = _key(manifest)
         async with slot.lock:
-            slot.is_wanted = True
+            if not slot.is_wanted:
+                slot.is_wanted, slot.reason = True, ""
             if slot.served is None:
-                slot.state, slot.reason = State.LOADING, ""
+                slot.state = State.LOADING  # why it failed the last time is told until it is there
             try:
                 served = await self._loader.load(manifest)
             except ModelLoadError as error:

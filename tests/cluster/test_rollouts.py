@@ -100,7 +100,8 @@ def test_bad_version_under_load_never_replaces_the_good_one(phoenix: Phoenix, se
     phoenix.apply(served, iris("3"))
     phoenix.wait_ready(served)
     phoenix.wait_condition(served, "iris", "Progressing", "True", "RolledOut", deadline_s=120)
-    assert phoenix.infer(served)["model_version"] == "3"
+    # pods of the old version answer while they drain, until kube-proxy has heard of it
+    phoenix.wait_for("version 3 answers", lambda: phoenix.infer(served)["model_version"] == "3", deadline_s=30)
     manifests = phoenix.wait_for("one revision left", lambda: _only_revision(phoenix, served))
     assert len(manifests) == 1
 
