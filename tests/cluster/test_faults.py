@@ -163,7 +163,7 @@ def test_bad_version_keeps_the_good_one_serving_and_fails_by_its_deadline(phoeni
     phoenix.wait_for("the good version again", lambda: answers(phoenix, namespace, version="1"))
     mend(phoenix, namespace, model={"uri": "iris/model.onnx", "version": "3"})
     phoenix.wait_condition(namespace, "iris", "Progressing", "True", "RolledOut")
-    assert phoenix.infer(namespace)["model_version"] == "3"
+    phoenix.wait_for("version 3 answers", lambda: answers(phoenix, namespace, version="3"))
 
 
 def serving_pod(phoenix: Phoenix, namespace: str) -> Object | None:
