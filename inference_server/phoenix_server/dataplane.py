@@ -225,7 +225,9 @@ class DataPlane:
             },
             "inputs": [_tensor_metadata(spec) for spec in model.signature.inputs],
             "outputs": [_tensor_metadata(spec) for spec in model.signature.outputs],
-            "bindings": {},
+            "bindings": {
+                binding.kind: binding.as_state() for binding in self.metrics.bindings if model.name in binding.models
+            },
         }
 
     async def load(self, name: str, parameters: dict[str, Any]) -> None:

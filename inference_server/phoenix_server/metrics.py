@@ -15,6 +15,7 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.exposition import choose_encoder
 
+from phoenix_server.binding_state import BindingState
 from phoenix_server.errors import Outcome
 
 Protocol = Literal["rest", "grpc"]
@@ -179,6 +180,7 @@ class Metrics:
         self.registry = registry or CollectorRegistry()
         self.models: dict[tuple[str, str], ModelMetrics] = {}
         self.rejected: dict[tuple[str, str], int] = {}
+        self.bindings: list[BindingState] = []
         self.started_s = time.time()
         self.registry.register(self)
 
@@ -232,6 +234,14 @@ class Metrics:
         for model in models:
             info.add_metric([*model.labels, model.provider, model.digest], 1)
         yield info
+        up = GaugeMetricFamily(
+            "phoenix_binding_up", "Whether the backend service answers this process.", labels=["model", "kind"]
+        )
+        for binding in self.bindings:
+            if binding.is_up is not None:
+                for name in sorted(binding.models):
+                    up.add_metric([name, binding.kind], binding.is_up)
+        yield up
         rejected = CounterMetricFamily(
             "phoenix_requests_rejected", "Requests refused before they reached a model.", labels=["protocol", "code"]
         )
