@@ -127,6 +127,11 @@ class Kafka(Service):
         """`host:port`."""
         return f"{self.host}:{self.port}"
 
+    def _binding(self) -> dict[str, str]:
+        sasl = {"sasl-mechanism": "SCRAM-SHA-512"} if self.is_secure else {}
+        protocol = "SASL_SSL" if self.is_secure else "PLAINTEXT"
+        return {"bootstrap-servers": self.bootstrap, "security-protocol": protocol, **sasl}
+
     def _prepare(self) -> None:
         values = {
             "host": self.host,

@@ -63,6 +63,19 @@ class Service(ABC):
         """The login that may do everything; its password is empty where none is asked for."""
 
     @abstractmethod
+    def _binding(self) -> dict[str, str]:
+        """The keys of the admin's service binding that only this kind has."""
+
+    def binding(self) -> dict[str, str]:
+        """The admin's credentials in the layout of the Service Binding specification; the service has been started.
+
+        https://servicebinding.io/spec/core/1.1.0/
+        """
+        login = {"username": self.admin.username, "password": self.admin.password} if self.is_secure else {}
+        trust = {"certificates": self.authority.read_text()} if self.authority else {}
+        return {"type": self.kind, "provider": "phoenix-lab", **login, **trust, **self._binding()}
+
+    @abstractmethod
     def _prepare(self) -> None:
         """Write configuration and empty data below `folder`, before the first start."""
 
