@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator
 
 from phoenix_server.errors import Reason, StartError
+from phoenix_server.redis_address import parse_redis_url, redis_url_of
 
 _PREFIX = "PHOENIX_"
 # Variables that belong to other programs of the project and so may stand in a shared environment.
@@ -22,8 +23,11 @@ _FOREIGN = ("PHOENIX_TEST_", "PHOENIX_REQUIRE", "PHOENIX_BENCH_")
 _BINDING_KEYS = {
     ("postgresql", "uri"): "database_url",
     ("redis", "uri"): "redis_url",
+    ("redis", "key-prefix"): "redis_key_prefix",
     ("kafka", "bootstrap-servers"): "kafka_bootstrap_servers",
 }
+# The same for keys that are read from their files.
+_BINDING_FILES = {("redis", "certificates"): "redis_ca_file"}
 Port = Annotated[int, Field(ge=0, le=65535)]
 
 
@@ -69,7 +73,23 @@ class Settings(BaseModel):
         Path("/dev/termination-log"), description="Where the reason for ending is written, if the file exists."
     )
     database_url: SecretStr | None = Field(None, description="PostgreSQL for models and audit (`DATABASE_URL`).")
-    redis_url: SecretStr | None = Field(None, description="Redis for online features.")
+    redis_url: SecretStr | None = Field(
+        None,
+        description="Redis for online features: `redis://[[user]:password@]host[:port][/database]`, `rediss://` for "
+        "TLS. Absent: they come from `features.json` or `features.csv` beside the manifest.",
+    )
+    redis_ca_file: Path | None = Field(
+        None, description="Certificates (PEM) that Redis' own is checked with; absent: those of the system."
+    )
+    redis_key_prefix: str | None = Field(
+        None,
+        max_length=256,
+        pattern=r"^[^\x00-\x1f\x7f]*$",
+        description="What all keys in Redis begin with; absent: `phx:<namespace>:<name>:` of each model.",
+    )
+    feature_timeout_seconds: float = Field(
+        0.5, gt=0, le=60, description="Longest time that a request waits for its features."
+    )
     kafka_bootstrap_servers: str | None = Field(None, description="Kafka for events and asynchronous inference.")
 
     @field_validator("database_url")
@@ -79,6 +99,13 @@ class Settings(BaseModel):
         if url is None:
             return None
         return SecretStr(url.get_secret_value().replace("postgresql+asyncpg://", "postgresql+psycopg://", 1))
+
+    @field_validator("redis_url")
+    @classmethod
+    def _parsed(cls, url: SecretStr | None) -> SecretStr | None:
+        if url is not None:
+            parse_redis_url(url.get_secret_value())
+        return url
 
     @classmethod
     def variable(cls, name: str) -> str:
@@ -123,4 +150,12 @@ def _service_bindings(root: str | None) -> dict[str, str]:
         for (binding, key), name in _BINDING_KEYS.items():
             if kind == binding and (folder / key).is_file():
                 values[name] = (folder / key).read_text().strip()
+        for (binding, key), name in _BINDING_FILES.items():
+            if kind == binding and (folder / key).is_file():
+                values[name] = str(folder / key)
+        if kind == "redis" and not (folder / "uri").is_file():
+            keys = ("host", "port", "username", "password", "ssl", "database")
+            parts = {key: (folder / key).read_text().strip() for key in keys if (folder / key).is_file()}
+            if url := redis_url_of(parts):
+                values["redis_url"] = url
     return values
