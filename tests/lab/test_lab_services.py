@@ -80,4 +80,4 @@ def test_services_of_a_lab_start_again_where_they_were_and_go_with_their_data(la
     together.down(lab)
     assert not any(each.is_running for each in (server, *others))
     assert not root.exists()
-    assert not list(together._DATA.glob("*/*/*"))
+    assert not list(together._DATA.glob("*"))
