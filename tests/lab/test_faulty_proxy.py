@@ -3,6 +3,7 @@
 import socket
 import time
 
+import confluent_kafka
 import pytest
 import redis
 import services
@@ -89,3 +90,18 @@ def test_proxy_of_a_server_that_is_away_closes_the_connection():
 def test_proxy_refuses_a_mode_it_does_not_have(proxy, mode, delay_s):
     with pytest.raises(ValueError, match=r"mode must be one of|delay_s, in seconds"):
         proxy.set(mode, delay_s=delay_s)
+
+
+def test_kafka_told_of_its_proxy_is_reached_through_it_only(kafka_factory):
+    port = machine.free_port("127.0.0.1")
+    with proxy_to(port) as proxy:
+        broker = kafka_factory(port=port, advertised_port=proxy.port)
+        topic = broker.fresh_topic()
+        outcomes: list[confluent_kafka.KafkaError | None] = []
+        config = broker.config({"bootstrap.servers": f"127.0.0.1:{proxy.port}", "message.timeout.ms": 1500})
+        producer = confluent_kafka.Producer(config)
+        for mode in ("pass", "hang", "pass"):
+            proxy.set(mode)
+            producer.produce(topic, b"x", on_delivery=lambda error, _: outcomes.append(error))
+            producer.flush(services.DEADLINE_S)
+        assert [error and error.code() for error in outcomes] == [None, confluent_kafka.KafkaError._MSG_TIMED_OUT, None]

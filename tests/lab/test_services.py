@@ -246,6 +246,16 @@ def test_paused_postgres_lets_an_open_connection_hang(postgres_factory):
         asking.join()
 
 
+def test_read_only_postgres_refuses_writes_until_it_takes_them_again(postgres_factory):
+    server = postgres_factory()
+    server.set_read_only(True)
+    with server.connect() as connection, pytest.raises(psycopg.errors.ReadOnlySqlTransaction):
+        connection.execute("CREATE TABLE t (n int)")
+    server.set_read_only(False)
+    with server.connect() as connection:
+        connection.execute("CREATE TABLE t (n int)")
+
+
 def test_secure_postgres_takes_only_the_login_over_tls(secure_postgres):
     with secure_postgres.connect() as connection:
         assert connection.execute("SELECT ssl FROM pg_stat_ssl WHERE pid = pg_backend_pid()").fetchone() == (True,)
