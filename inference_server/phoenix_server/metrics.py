@@ -28,6 +28,8 @@ LATENCY_BOUNDS_S = (
 # Multiples of the SLO that make both zones of the autoscaling rule exact.
 _SLO_MULTIPLES = (0.5, 0.7, 0.85, 1.0, 1.25, 1.5, 2.0, 4.0)
 _STAGE_BOUNDS_S = (0.00001, 0.00005, 0.0001, 0.00025, 0.0005, *LATENCY_BOUNDS_S[1:])
+# Why a prediction was not recorded: the queue was full, the database refused the row, the process ended first.
+AUDIT_LOSSES = ("queue_full", "refused", "shutdown")
 _ROWS_BOUNDS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0)
 
 
@@ -173,6 +175,42 @@ class ModelMetrics:
         }
 
 
+class AuditMetrics:
+    """The numbers of the audit, which one writer of the process keeps for all models."""
+
+    def __init__(self) -> None:
+        self.rows = 0
+        self.dropped = dict.fromkeys(AUDIT_LOSSES, 0)
+        self.commit = Histogram(_STAGE_BOUNDS_S)
+        self.queue_rows: Callable[[], int] = lambda: 0
+        self.chain_length = 0
+        self.outbox_rows = 0
+        self.delivered = 0
+
+    def collect(self) -> Iterator[Metric]:
+        """Yield the families."""
+        yield CounterMetricFamily("phoenix_audit_rows", "Predictions committed to the audit.", value=self.rows)
+        dropped = CounterMetricFamily(
+            "phoenix_audit_dropped", "Predictions that `BestEffort` lost, and why.", labels=["reason"]
+        )
+        for reason, count in self.dropped.items():
+            dropped.add_metric([reason], count)
+        yield dropped
+        commit = HistogramMetricFamily("phoenix_audit_commit_seconds", "Time of one transaction of the audit.")
+        commit.add_metric([], self.commit.buckets(), self.commit.sum)
+        yield commit
+        for name, text, value in (
+            ("phoenix_audit_queue_rows", "Predictions that wait to be written.", self.queue_rows()),
+            ("phoenix_audit_chain_length", "Rows in this process's hash chain.", self.chain_length),
+            ("phoenix_audit_outbox_rows", "Events that wait in the outbox.", self.outbox_rows),
+        ):
+            yield GaugeMetricFamily(name, text, value=value)
+        yield CounterMetricFamily(
+            "phoenix_audit_events_delivered", "Events that this process took from the outbox and delivered.",
+            value=self.delivered,
+        )  # fmt: skip
+
+
 class Metrics:
     """The server's metrics: one `ModelMetrics` per loaded version, exposed through one registry."""
 
@@ -181,6 +219,7 @@ class Metrics:
         self.models: dict[tuple[str, str], ModelMetrics] = {}
         self.rejected: dict[tuple[str, str], int] = {}
         self.bindings: list[BindingState] = []
+        self.audit = AuditMetrics()
         self.started_s = time.time()
         self.registry.register(self)
 
@@ -242,6 +281,7 @@ class Metrics:
                 for name in sorted(binding.models):
                     up.add_metric([name, binding.kind], binding.is_up)
         yield up
+        yield from self.audit.collect()
         rejected = CounterMetricFamily(
             "phoenix_requests_rejected", "Requests refused before they reached a model.", labels=["protocol", "code"]
         )

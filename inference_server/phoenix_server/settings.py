@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import quote
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator
 
@@ -21,8 +22,14 @@ _FOREIGN = ("PHOENIX_TEST_", "PHOENIX_REQUIRE", "PHOENIX_BENCH_")
 # Service Binding type and key -> setting. https://servicebinding.io/spec/core/1.1.0/
 _BINDING_KEYS = {
     ("postgresql", "uri"): "database_url",
+    ("postgresql", "schema"): "database_schema",
+    ("postgresql", "sslmode"): "database_sslmode",
     ("redis", "uri"): "redis_url",
     ("kafka", "bootstrap-servers"): "kafka_bootstrap_servers",
+}
+# The same for files, of which a setting is the path.
+_BINDING_FILES = {
+    ("postgresql", "certificates"): "database_ca_file",
 }
 Port = Annotated[int, Field(ge=0, le=65535)]
 
@@ -68,17 +75,49 @@ class Settings(BaseModel):
     termination_log: Path = Field(
         Path("/dev/termination-log"), description="Where the reason for ending is written, if the file exists."
     )
-    database_url: SecretStr | None = Field(None, description="PostgreSQL for models and audit (`DATABASE_URL`).")
+    database_url: SecretStr | None = Field(
+        None, description="PostgreSQL for models and audit; absent: SQLite in the state folder."
+    )
+    database_schema: str | None = Field(
+        None, min_length=1, max_length=63, description="Schema of the audit; absent: the first of the `search_path`."
+    )
+    database_sslmode: Literal["disable", "allow", "prefer", "require", "verify-ca", "verify-full"] | None = Field(
+        None, description="TLS to the database, as libpq has it; absent: what the URL says."
+    )
+    database_ca_file: Path | None = Field(None, description="Certificates that the database's own is checked against.")
+    database_pooler: bool = Field(
+        False, description="Whether a pooler (pgbouncer) stands between; then statements are not prepared."
+    )
+    database_login: str | None = Field(
+        None, description="Login that `phoenix-server migrate` grants the server's rights to, where an owner runs it."
+    )
+    audit_deadline_seconds: float = Field(
+        5.0, gt=0, le=300, description="Longest time that an answer waits for its row; then it is 503."
+    )
+    audit_queue_rows: int = Field(
+        10_000, ge=1, description="Predictions that wait to be written, beyond which `BestEffort` loses them."
+    )
+    audit_outbox_rows: int = Field(
+        1_000_000, ge=1, description="Events that wait in the outbox, beyond which `Durable` answers 503."
+    )
+    audit_retention_days: int = Field(
+        0, ge=0, le=36_500, description="Age in days at which predictions are dropped, by whole months; 0: never."
+    )
     redis_url: SecretStr | None = Field(None, description="Redis for online features.")
     kafka_bootstrap_servers: str | None = Field(None, description="Kafka for events and asynchronous inference.")
 
     @field_validator("database_url")
     @classmethod
-    def _psycopg_url(cls, url: SecretStr | None) -> SecretStr | None:
-        """Read the asyncpg spelling of other frameworks as psycopg's, which is the driver here."""
+    def _known_database(cls, url: SecretStr | None) -> SecretStr | None:
+        """Read every spelling of PostgreSQL as psycopg's, which is the driver here."""
         if url is None:
             return None
-        return SecretStr(url.get_secret_value().replace("postgresql+asyncpg://", "postgresql+psycopg://", 1))
+        scheme, separator, rest = url.get_secret_value().partition("://")
+        if scheme in ("postgres", "postgresql", "postgresql+psycopg", "postgresql+asyncpg") and rest:
+            return SecretStr(f"postgresql+psycopg://{rest}")
+        if scheme == "sqlite" and separator:
+            return url
+        raise ValueError("expected postgresql://USER:PASSWORD@HOST:PORT/DATABASE or sqlite:///FILE")
 
     @classmethod
     def variable(cls, name: str) -> str:
@@ -123,4 +162,24 @@ def _service_bindings(root: str | None) -> dict[str, str]:
         for (binding, key), name in _BINDING_KEYS.items():
             if kind == binding and (folder / key).is_file():
                 values[name] = (folder / key).read_text().strip()
+        for (binding, key), name in _BINDING_FILES.items():
+            if kind == binding and (folder / key).is_file():
+                values[name] = str(folder / key)
+        if kind == "postgresql" and "database_url" not in values:
+            values |= _database_url(folder)
     return values
+
+
+def _database_url(folder: Path) -> dict[str, str]:
+    """Return the URL of a binding that has its parts only, as Secrets of other provisioners do."""
+    texts = {
+        key: (folder / key).read_text().strip()
+        for key in ("host", "port", "database", "username", "password")
+        if (folder / key).is_file()
+    }
+    if "host" not in texts:
+        return {}
+    user, password = quote(texts.get("username", ""), safe=""), quote(texts.get("password", ""), safe="")
+    host = f"[{texts['host']}]" if ":" in texts["host"] else texts["host"]
+    url = f"postgresql://{user}:{password}@{host}:{texts.get('port', '5432')}/{texts.get('database', '')}"
+    return {"database_url": url}
