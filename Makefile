@@ -54,7 +54,11 @@ test: $(DEV) ## Run every test
 
 .PHONY: test-fast
 test-fast: $(DEV) ## Run the tests that take no more than seconds
-	$(BIN)/pytest -m "not slow and not cluster and not images"
+	$(BIN)/pytest -m "not slow and not cluster and not images and not services"
+
+.PHONY: test-services
+test-services: $(DEV) ## Run the tests on a real Redis, PostgreSQL and Kafka
+	PHOENIX_REQUIRE=services $(BIN)/pytest -m services
 
 .PHONY: test-cluster
 test-cluster: $(DEV) ## Run the tests on a real Kubernetes

@@ -23,6 +23,7 @@ from phoenix_server.auth import ApiKeys
 from phoenix_server.dataplane import DataPlane
 from phoenix_server.engine import intra_op_threads
 from phoenix_server.errors import ModelLoadError, StartError
+from phoenix_server.features import Features
 from phoenix_server.hotpath import AsgiApp, HotPath, InferEndpoint
 from phoenix_server.http_server import HttpServer
 from phoenix_server.logs import LogSettings
@@ -55,7 +56,8 @@ async def running(settings: Settings, manifests: Iterable[Manifest], paths: list
         metrics = Metrics()
         keys = ApiKeys(settings.api_keys_file) if settings.api_keys_file else None
         log_settings = LogSettings()
-        repository = Repository(settings, metrics, new_store(settings))
+        features = await stack.enter_async_context(Features(settings, metrics))
+        repository = Repository(settings, metrics, new_store(settings), features)
         tracer = tracer_from_environment()
         if tracer is not None:
             stack.callback(tracer.close)

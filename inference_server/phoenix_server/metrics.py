@@ -39,6 +39,10 @@ def latency_bounds_s(slo_s: float | None) -> tuple[float, ...]:
     return tuple(sorted({*LATENCY_BOUNDS_S, *own}))
 
 
+# Why rows had not all their features, or not fresh ones: labels of phoenix_features_missing_total.
+FEATURES_MISSING = ("missing", "unparsable", "stale", "unavailable")
+
+
 class Histogram:
     """Counts per bucket and a sum. `bounds` are inclusive upper limits, as Prometheus' `le`."""
 
@@ -113,6 +117,7 @@ class ModelMetrics:
         self.compute = Histogram(_STAGE_BOUNDS_S)
         self.batch_rows = Histogram(_ROWS_BOUNDS)
         self.feature_lookup = Histogram(_STAGE_BOUNDS_S)
+        self.features_missing = dict.fromkeys(FEATURES_MISSING, 0)
         self.inflight = 0
         self.queued_rows: Callable[[], int] = lambda: 0
         self.provider = ""
@@ -233,6 +238,9 @@ class Metrics:
     def forget(self, name: str, version: str) -> None:
         """Drop the series of a version that is gone."""
         self.models.pop((name, version), None)
+        if not any(model == name for model, _ in self.models):
+            for binding in self.bindings:
+                binding.models.discard(name)
 
     def reject(self, protocol: Protocol, code: str) -> None:
         """Count a request that was refused before it reached a model."""
@@ -249,6 +257,15 @@ class Metrics:
         models = list(self.models.values())
         yield from self._histograms(models, by_model)
         yield from self._tallies(models, by_model)
+        missing = CounterMetricFamily(
+            "phoenix_features_missing",
+            "Rows whose features were missing, unparsable, stale or unavailable.",
+            labels=[*by_model, "reason"],
+        )
+        for model in models:
+            for reason, count in model.features_missing.items():
+                missing.add_metric([*model.labels, reason], count)
+        yield missing
         gauges: tuple[tuple[str, str, Callable[[ModelMetrics], float | None]], ...] = (
             ("inference_inflight_requests", "Requests received and not yet answered.", lambda m: m.inflight),
             ("inference_queued_rows", "Rows that wait for a run.", lambda m: m.queued_rows()),

@@ -15,6 +15,7 @@ from pathlib import Path
 from phoenix_api import Manifest, ManifestError, manifest_files, read_manifests
 from phoenix_server.artifacts import ArtifactStore
 from phoenix_server.errors import Code, ModelLoadError, PhoenixError, Reason
+from phoenix_server.features import Features
 from phoenix_server.metrics import Metrics
 from phoenix_server.served_model import Loader, ServedModel, stamps_of
 from phoenix_server.settings import Settings
@@ -50,10 +51,13 @@ class _Slot:
 class Repository:
     """All declared models. Lives on one event loop; loading happens in threads."""
 
-    def __init__(self, settings: Settings, metrics: Metrics, store: ArtifactStore) -> None:
+    def __init__(
+        self, settings: Settings, metrics: Metrics, store: ArtifactStore, features: Features | None = None
+    ) -> None:
+        """`features` completes the requests of models that ask for it; None: such models are refused."""
         self._settings = settings
         self._metrics = metrics
-        self._loader = Loader(settings, metrics, store)
+        self._loader = Loader(settings, metrics, store, features)
         self._slots: dict[_Key, _Slot] = {}
         # (name, version) and (name, "") -> what answers; the one look-up of the hot path.
         self._answering: dict[_Key, ServedModel] = {}

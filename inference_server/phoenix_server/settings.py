@@ -15,6 +15,7 @@ from urllib.parse import quote
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator
 
 from phoenix_server.errors import Reason, StartError
+from phoenix_server.redis_address import parse_redis_url, redis_url_of
 
 _PREFIX = "PHOENIX_"
 # Variables that belong to other programs of the project and so may stand in a shared environment.
@@ -25,11 +26,13 @@ _BINDING_KEYS = {
     ("postgresql", "schema"): "database_schema",
     ("postgresql", "sslmode"): "database_sslmode",
     ("redis", "uri"): "redis_url",
+    ("redis", "key-prefix"): "redis_key_prefix",
     ("kafka", "bootstrap-servers"): "kafka_bootstrap_servers",
 }
-# The same for files, of which a setting is the path.
+# The same for keys whose file is handed to the client library by its path.
 _BINDING_FILES = {
     ("postgresql", "certificates"): "database_ca_file",
+    ("redis", "certificates"): "redis_ca_file",
 }
 Port = Annotated[int, Field(ge=0, le=65535)]
 
@@ -103,7 +106,23 @@ class Settings(BaseModel):
     audit_retention_days: int = Field(
         0, ge=0, le=36_500, description="Age in days at which predictions are dropped, by whole months; 0: never."
     )
-    redis_url: SecretStr | None = Field(None, description="Redis for online features.")
+    redis_url: SecretStr | None = Field(
+        None,
+        description="Redis for online features: `redis://[[user]:password@]host[:port][/database]`, `rediss://` for "
+        "TLS. Absent: they come from `features.json` or `features.csv` beside the manifest.",
+    )
+    redis_ca_file: Path | None = Field(
+        None, description="Certificates (PEM) that Redis' own is checked with; absent: those of the system."
+    )
+    redis_key_prefix: str | None = Field(
+        None,
+        max_length=256,
+        pattern=r"^[^\x00-\x1f\x7f]*$",
+        description="What all keys in Redis begin with; absent: `phx:<namespace>:<name>:` of each model.",
+    )
+    feature_timeout_seconds: float = Field(
+        0.5, gt=0, le=60, description="Longest time that a request waits for its features."
+    )
     kafka_bootstrap_servers: str | None = Field(None, description="Kafka for events and asynchronous inference.")
 
     @field_validator("database_url")
@@ -118,6 +137,13 @@ class Settings(BaseModel):
         if scheme == "sqlite" and separator:
             return url
         raise ValueError("expected postgresql://USER:PASSWORD@HOST:PORT/DATABASE or sqlite:///FILE")
+
+    @field_validator("redis_url")
+    @classmethod
+    def _parsed(cls, url: SecretStr | None) -> SecretStr | None:
+        if url is not None:
+            parse_redis_url(url.get_secret_value())
+        return url
 
     @classmethod
     def variable(cls, name: str) -> str:
@@ -167,6 +193,11 @@ def _service_bindings(root: str | None) -> dict[str, str]:
                 values[name] = str(folder / key)
         if kind == "postgresql" and "database_url" not in values:
             values |= _database_url(folder)
+        if kind == "redis" and not (folder / "uri").is_file():
+            keys = ("host", "port", "username", "password", "ssl", "database")
+            parts = {key: (folder / key).read_text().strip() for key in keys if (folder / key).is_file()}
+            if url := redis_url_of(parts):
+                values["redis_url"] = url
     return values
 
 
