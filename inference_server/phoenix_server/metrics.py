@@ -18,8 +18,11 @@ from prometheus_client.exposition import choose_encoder
 from phoenix_server.binding_state import BindingState
 from phoenix_server.errors import Outcome
 
-Protocol = Literal["rest", "grpc"]
-PROTOCOLS: tuple[Protocol, ...] = ("rest", "grpc")
+Protocol = Literal["rest", "grpc", "kafka"]
+PROTOCOLS: tuple[Protocol, ...] = ("rest", "grpc", "kafka")
+# Why an event was lost: the queue or the client's buffer was full; larger than the broker takes; not allowed; no such
+# topic; not delivered in time; still waiting when the process ended; the file could not be written; anything else.
+EVENT_LOSSES = ("queue_full", "too_large", "denied", "no_topic", "timeout", "shutdown", "file", "failed")
 # 0.5 ms … 10 s, about 1-2-5 with the steps between that a p95 needs.
 LATENCY_BOUNDS_S = (
     0.0005, 0.001, 0.0015, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.05,
@@ -104,6 +107,26 @@ class Tally:
     response_bytes: int = 0
 
 
+class EventCounts:
+    """What became of a model's events. Each number is written by one thread only, so no lock is needed."""
+
+    def __init__(self) -> None:
+        self.published = 0
+        self.dropped = dict.fromkeys(EVENT_LOSSES, 0)
+
+
+class RequestCounts:
+    """What became of a model's requests over Kafka. Each number is written by one thread only."""
+
+    def __init__(self) -> None:
+        self.results = 0
+        self.dead_letters: dict[str, int] = {}
+        self.retries = 0
+        self.transactions = {"committed": 0, "failed": 0}
+        self.producers_abandoned = 0
+        self.lag_records: int | None = None
+
+
 class ModelMetrics:
     """All numbers of one model version. Written on the event loop only, so no lock is needed."""
 
@@ -143,6 +166,15 @@ class ModelMetrics:
         if outcome is Outcome.OK:
             self.last_inference_ms = time.time_ns() // 1_000_000
             self.inference_count += rows
+
+    def observe_record(self, outcome: Outcome, sizes: tuple[int, int, int]) -> None:
+        """Count one request that came over Kafka. Its latency is left out: a backlog must not count against the SLO."""
+        tally = self.tallies[outcome, "kafka"]
+        rows, request_bytes, response_bytes = sizes
+        tally.requests += 1
+        tally.rows += rows
+        tally.request_bytes += request_bytes
+        tally.response_bytes += response_bytes
 
     def observe_batch(self, rows: int, requests: int, stages_ns: tuple[int, int, int]) -> None:
         """Count one run of the model. `stages_ns`: gathering inputs, computing, splitting outputs."""
@@ -225,6 +257,8 @@ class Metrics:
         self.rejected: dict[tuple[str, str], int] = {}
         self.bindings: list[BindingState] = []
         self.audit = AuditMetrics()
+        self.events: dict[str, EventCounts] = {}
+        self.async_requests: dict[str, RequestCounts] = {}
         self.started_s = time.time()
         self.registry.register(self)
 
@@ -299,6 +333,8 @@ class Metrics:
                     up.add_metric([name, binding.kind], binding.is_up)
         yield up
         yield from self.audit.collect()
+        yield from self._events()
+        yield from self._async_requests()
         rejected = CounterMetricFamily(
             "phoenix_requests_rejected", "Requests refused before they reached a model.", labels=["protocol", "code"]
         )
@@ -309,6 +345,53 @@ class Metrics:
             "process_start_time_seconds", "Start time of the process since the epoch.", value=self.started_s
         )
         yield CounterMetricFamily("process_cpu_seconds", "User and system CPU time.", value=time.process_time())
+
+    def _events(self) -> Iterator[Metric]:
+        published = CounterMetricFamily(
+            "phoenix_events_published", "Events that the broker acknowledged, or that are in the file.", labels=["model"]
+        )
+        dropped = CounterMetricFamily("phoenix_events_dropped", "Events that were lost.", labels=["model", "reason"])
+        for model, counts in list(self.events.items()):
+            published.add_metric([model], counts.published)
+            for reason, count in counts.dropped.items():
+                dropped.add_metric([model, reason], count)
+        yield published
+        yield dropped
+
+    def _async_requests(self) -> Iterator[Metric]:
+        families = {
+            "results": CounterMetricFamily(
+                "phoenix_async_results", "Results of asynchronous inference, committed.", labels=["model"]
+            ),
+            "dead_letters": CounterMetricFamily(
+                "phoenix_async_dead_letters", "Requests that could not be served, committed.", labels=["model", "reason"]
+            ),
+            "retries": CounterMetricFamily(
+                "phoenix_async_retries", "Inferences tried again after a fault that passes.", labels=["model"]
+            ),
+            "transactions": CounterMetricFamily(
+                "phoenix_async_transactions", "Transactions, by how they ended.", labels=["model", "outcome"]
+            ),
+            "abandoned": CounterMetricFamily(
+                "phoenix_async_producers_abandoned",
+                "Producers given up because a call outlasted its deadline.",
+                labels=["model"],
+            ),
+            "lag": GaugeMetricFamily(
+                "phoenix_async_lag_records", "Requests in this process's partitions not yet answered.", labels=["model"]
+            ),
+        }
+        for model, counts in list(self.async_requests.items()):
+            families["results"].add_metric([model], counts.results)
+            for reason, count in list(counts.dead_letters.items()):
+                families["dead_letters"].add_metric([model, reason], count)
+            families["retries"].add_metric([model], counts.retries)
+            for outcome, count in counts.transactions.items():
+                families["transactions"].add_metric([model, outcome], count)
+            families["abandoned"].add_metric([model], counts.producers_abandoned)
+            if counts.lag_records is not None:
+                families["lag"].add_metric([model], counts.lag_records)
+        yield from families.values()
 
     @staticmethod
     def _histograms(models: list[ModelMetrics], by_model: list[str]) -> Iterator[Metric]:

@@ -168,7 +168,6 @@ def _refuse_unsupported(spec: PhoenixModelSpec, *, can_fill: bool) -> None:
         for name, value in (
             ("spec.features", spec.features and not can_fill),
             ("spec.bindings.kafka", bindings and bindings.kafka),
-            ("spec.bindings.postgres", bindings and bindings.postgres),
         )
         if value
     ]

@@ -28,9 +28,17 @@ _BINDING_KEYS = {
     ("redis", "uri"): "redis_url",
     ("redis", "key-prefix"): "redis_key_prefix",
     ("kafka", "bootstrap-servers"): "kafka_bootstrap_servers",
+    ("kafka", "security-protocol"): "kafka_security_protocol",
+    ("kafka", "sasl-mechanism"): "kafka_sasl_mechanism",
+    ("kafka", "username"): "kafka_username",
+    ("kafka", "password"): "kafka_password",
+    ("kafka", "group-id"): "kafka_group_id",
 }
 # The same for keys whose file is handed to the client library by its path.
 _BINDING_FILES = {
+    ("kafka", "certificates"): "kafka_ca_file",
+    ("kafka", "client-certificate"): "kafka_certificate_file",
+    ("kafka", "private-key"): "kafka_key_file",
     ("postgresql", "certificates"): "database_ca_file",
     ("redis", "certificates"): "redis_ca_file",
 }
@@ -49,7 +57,7 @@ class Settings(BaseModel):
         "auto", description="Engine under the gRPC servicer: pygrpc-native where it is installed, else grpc.aio."
     )
     model_store: Path = Field(Path("models"), description="Folder that relative model URIs are looked up in.")
-    state_dir: Path = Field(Path(".phoenix"), description="Folder for caches, and for SQLite and JSON lines later.")
+    state_dir: Path = Field(Path(".phoenix"), description="Folder for caches, SQLite and JSON lines.")
     drain_seconds: float = Field(
         0.0, ge=0, le=3600, description="Time to answer as not ready before connections stop being accepted."
     )
@@ -82,7 +90,9 @@ class Settings(BaseModel):
         None, description="PostgreSQL for models and audit; absent: SQLite in the state folder."
     )
     database_schema: str | None = Field(
-        None, min_length=1, max_length=63, description="Schema of the audit; absent: the first of the `search_path`."
+        None,
+        pattern=r"^[^\x00]{1,63}$",
+        description="Schema of the audit; absent: the first of the `search_path`.",
     )
     database_sslmode: Literal["disable", "allow", "prefer", "require", "verify-ca", "verify-full"] | None = Field(
         None, description="TLS to the database, as libpq has it; absent: what the URL says."
@@ -102,6 +112,10 @@ class Settings(BaseModel):
     )
     audit_outbox_rows: int = Field(
         1_000_000, ge=1, description="Events that wait in the outbox, beyond which `Durable` answers 503."
+    )
+    audit_heads_topic: str | None = Field(
+        None, pattern=r"^[A-Za-z0-9._-]{1,249}$",
+        description="Topic for the heads of hash chains; absent: they are in the log, the metrics and the database.",
     )
     audit_retention_days: int = Field(
         0, ge=0, le=36_500, description="Age in days at which predictions are dropped, by whole months; 0: never."
@@ -123,7 +137,56 @@ class Settings(BaseModel):
     feature_timeout_seconds: float = Field(
         0.5, gt=0, le=60, description="Longest time that a request waits for its features."
     )
-    kafka_bootstrap_servers: str | None = Field(None, description="Kafka for events and asynchronous inference.")
+    kafka_bootstrap_servers: str | None = Field(
+        None,
+        pattern=r"^[^\s,:]+(:\d+)?(,[^\s,:]+(:\d+)?)*$|^\[",
+        description="Kafka for events and asynchronous inference, as `host:port,…`; absent: events go to files.",
+    )
+    kafka_security_protocol: Literal["PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"] = Field(
+        "PLAINTEXT", description="How to talk to Kafka."
+    )
+    kafka_sasl_mechanism: Literal["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512", "OAUTHBEARER"] | None = Field(
+        None, description="SASL mechanism; needed with SASL_PLAINTEXT and SASL_SSL."
+    )
+    kafka_username: str | None = Field(None, description="User for PLAIN and SCRAM.")
+    kafka_password: SecretStr | None = Field(None, description="Password for PLAIN and SCRAM.")
+    kafka_ca_file: Path | None = Field(None, description="PEM of the CAs that signed the brokers; absent: the system's.")
+    kafka_certificate_file: Path | None = Field(None, description="PEM of the client certificate, for mutual TLS.")
+    kafka_key_file: Path | None = Field(None, description="PEM of the client certificate's private key.")
+    kafka_key_password: SecretStr | None = Field(None, description="Password of that key, if it has one.")
+    kafka_oauth_token_url: str | None = Field(
+        None, pattern="^https?://", description="Token endpoint for OAUTHBEARER (OpenID Connect client credentials)."
+    )
+    kafka_oauth_client_id: str | None = Field(None, description="Client id at the token endpoint.")
+    kafka_oauth_client_secret_file: Path | None = Field(None, description="File with the client secret.")
+    kafka_oauth_scope: str | None = Field(None, description="Scope to ask the token endpoint for.")
+    kafka_oauth_callback: str | None = Field(
+        None,
+        pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$",
+        description="`module:function` that returns (token, unix time of its end), in place of a token endpoint.",
+    )
+    kafka_group_id: str | None = Field(
+        None, description="Consumer group of asynchronous inference; absent: `phoenix.<namespace>.<name>`."
+    )
+    kafka_transactional_id: str | None = Field(
+        None, description="Name of this process for transactions, after the group; absent: of host and state folder."
+    )
+    kafka_message_max_bytes: int = Field(
+        1_000_000, ge=1000, le=1_000_000_000, description="Largest record sent; at most the topics' max.message.bytes."
+    )
+    kafka_requests: bool = Field(True, description="Consume the requests of models with asynchronous inference.")
+    kafka_batch_records: int = Field(
+        500, ge=1, le=10_000, description="Most requests that share a transaction of asynchronous inference."
+    )
+    events_queue_records: int = Field(
+        50_000, ge=1, le=10_000_000, description="Most events that wait to be sent or written; more are lost and counted."
+    )
+    events_queue_bytes: int = Field(
+        64 << 20, ge=1 << 16, description="Most bytes of events that wait, estimated from their tensors."
+    )
+    events_file_bytes: int = Field(
+        64 << 20, ge=1 << 16, description="Size of an event file beyond which it becomes `.1`, in place of an older one."
+    )
 
     @field_validator("database_url")
     @classmethod

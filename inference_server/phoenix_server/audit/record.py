@@ -10,9 +10,10 @@ from phoenix_server.audit.chain import AuditRow
 from phoenix_server.dataplane import Prediction
 from phoenix_server.engine import RUNTIME_VERSION
 from phoenix_server.errors import Outcome
+from phoenix_server.event_format import Event
 
 if TYPE_CHECKING:
-    from phoenix_server.audit.store import ModelFacts, OutboxEvent
+    from phoenix_server.audit.store import ModelFacts
     from phoenix_server.served_model import ServedModel
 
 _LONGEST_TEXT = 1024
@@ -29,7 +30,7 @@ class Record:
     prediction: Prediction
     includes_tensors: bool
     event_id: str | None = None
-    event: "OutboxEvent | None" = None
+    event: Event | None = None
     answered: Any = None
     deadline_s: float = 0.0
     size_bytes: int = 0

@@ -11,17 +11,19 @@ import logging
 from collections.abc import Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
+from phoenix_server.event_format import Event
 from phoenix_server.metrics import AuditMetrics
 from phoenix_server.settings import Settings
 
 if TYPE_CHECKING:
     from phoenix_server.audit.database import Link
-    from phoenix_server.audit.store import OutboxEvent, Store
+    from phoenix_server.audit.store import Store
 
 _log = logging.getLogger(__name__)
 _BATCH = 500
 _POLL_S = 2.0
 _DELIVER_S = 10.0
+_LAST_ROUND_S = 2.0
 _LONGEST_PAUSE_S = 10.0
 T = TypeVar("T")
 
@@ -29,7 +31,7 @@ T = TypeVar("T")
 class Deliver(Protocol):
     """Where events go."""
 
-    def __call__(self, events: "Sequence[OutboxEvent]", *, deadline_s: float) -> Awaitable[None]:
+    def __call__(self, events: Sequence[Event], *, deadline_s: float) -> Awaitable[None]:
         """Return when all are acknowledged; raise otherwise."""
 
 
@@ -44,6 +46,7 @@ class Relay:
         self._deliver = deliver
         self._on_count = on_count
         self._wake = asyncio.Event()
+        self._is_idle = asyncio.Event()
         self._pause_s = 0.0
         self._task = asyncio.create_task(self._run())
 
@@ -52,39 +55,47 @@ class Relay:
         self._wake.set()
 
     async def close(self) -> None:
-        """Stop; what is left in the outbox stays there for the next relay."""
+        """Deliver what is there, for a moment, and stop; the rest stays in the outbox for the next relay."""
+        self._is_idle.clear()
+        self._wake.set()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_LAST_ROUND_S):
+                await self._is_idle.wait()
         self._task.cancel()
         await asyncio.gather(self._task, return_exceptions=True)
 
     async def _run(self) -> None:
         store = await asyncio.to_thread(_new_store, self._settings)
         link: Link | None = None
-        last_count = 0.0
-        loop = asyncio.get_running_loop()
+        next_count = 0.0
+        now = asyncio.get_running_loop().time
         try:
             while True:
                 try:
-                    if link is None:
-                        link = await asyncio.to_thread(store.database.connect)
+                    link = link or await asyncio.to_thread(store.database.connect)
                     while await self._one_batch(store, link):
-                        pass
+                        if now() > next_count:
+                            break
+                    else:
+                        self._is_idle.set()
                     self._pause_s = 0.0
                 except Exception as error:
                     # The database's outage is the writer's news, the broker's the events'.
                     _log.info("events stay in the outbox", extra={"cause": str(error)[:300]})
+                    self._pause_s = min(max(2 * self._pause_s, 0.25), _LONGEST_PAUSE_S)
                     if link is not None:
                         link.close()
                         link = None
-                    self._pause_s = min(max(2 * self._pause_s, 0.25), _LONGEST_PAUSE_S)
+                if now() > next_count:
+                    next_count = now() + _POLL_S
+                    await self._count(store)
+                if self._pause_s:
                     await asyncio.sleep(self._pause_s)
-                    self._wake.set()
-                if link is not None or self._pause_s:
-                    if loop.time() - last_count > _POLL_S:
-                        last_count = loop.time()
-                        link = await self._count(store, link)
-                with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(_POLL_S):
-                        await self._wake.wait()
+                elif self._is_idle.is_set():
+                    with contextlib.suppress(TimeoutError):
+                        async with asyncio.timeout(_POLL_S):
+                            await self._wake.wait()
+                self._is_idle.clear()
                 self._wake.clear()
         finally:
             if link is not None:
@@ -101,20 +112,17 @@ class Relay:
         self._metrics.delivered += len(batch)
         return len(batch)
 
-    async def _count(self, store: "Store", link: "Link | None") -> "Link | None":
+    async def _count(self, store: "Store") -> None:
+        """Learn how full the outbox is; what fails here is tried again."""
         limit = self._settings.audit_outbox_rows
-        try:
-            if link is None:
-                link = await asyncio.to_thread(store.database.connect)
-            connected = link
-            count = await self._on_thread(connected, lambda: store.count_outbox(connected, limit))
-        except Exception:
-            if link is not None:
+        with contextlib.suppress(Exception):
+            link = await asyncio.to_thread(store.database.connect)
+            try:
+                count = await self._on_thread(link, lambda: store.count_outbox(link, limit))
+            finally:
                 link.close()
-            return None
-        self._metrics.outbox_rows = count
-        self._on_count(count >= limit)
-        return link
+            self._metrics.outbox_rows = count
+            self._on_count(count >= limit)
 
     async def _on_thread(self, link: "Link", work: Callable[[], T]) -> T:
         """Run a statement beside the event loop, and break the connection if it takes too long."""
@@ -132,7 +140,7 @@ def _new_store(settings: Settings) -> "Store":
     return Store(Database(settings))
 
 
-def _claim(store: "Store", link: "Link") -> "list[tuple[int, OutboxEvent]]":
+def _claim(store: "Store", link: "Link") -> list[tuple[int, Event]]:
     """Take events in hand: on PostgreSQL their transaction stays open until they are delivered."""
     connection = link.connection
     with store.database.errors():

@@ -18,20 +18,11 @@ from sqlalchemy.dialects.sqlite import insert as insert_sqlite
 
 from phoenix_server.audit.chain import AuditRow, Head, microseconds, moment
 from phoenix_server.audit.database import Database, Link
+from phoenix_server.event_format import Event
 
 _TYPES = {"sequence": "bigint", "written": "timestamptz", "time": "timestamptz", "latency_us": "bigint",
           "inputs": "bytea", "outputs": "bytea", "features": "bytea", "hash": "bytea", "key": "bytea",
           "value": "bytea"}  # fmt: skip
-
-
-@dataclass(frozen=True, slots=True)
-class OutboxEvent:
-    """An event on its way: what `Event` of the events holds."""
-
-    id: str
-    topic: str
-    key: bytes
-    value: bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +51,7 @@ class Store:
 
     # --- the writer ------------------------------------------------------------------------------------------------
 
-    def add(self, link: Link, rows: Sequence[tuple[AuditRow, bytes]], events: Sequence[OutboxEvent]) -> None:
+    def add(self, link: Link, rows: Sequence[tuple[AuditRow, bytes]], events: Sequence[Event]) -> None:
         """Commit rows, with the hash of each, and events: all or nothing. Raises `DatabaseError`."""
         connection = link.connection
         with self.database.errors():
@@ -114,12 +105,12 @@ class Store:
 
     # --- the relay -------------------------------------------------------------------------------------------------
 
-    def claim(self, connection: Connection, limit: int) -> list[tuple[int, OutboxEvent]]:
+    def claim(self, connection: Connection, limit: int) -> list[tuple[int, Event]]:
         """Lock and return the oldest events that no other relay has, inside the caller's transaction."""
         columns = self._tables.outbox.c
         wanted = select(columns.id, columns.event_id, columns.topic, columns.key, columns.value)
         statement = wanted.order_by(columns.id).limit(limit).with_for_update(skip_locked=True)
-        return [(row.id, OutboxEvent(row.event_id, row.topic, row.key, row.value))
+        return [(row.id, Event(row.event_id, row.topic, row.key, row.value))
                 for row in connection.execute(statement)]  # fmt: skip
 
     def release(self, connection: Connection, ids: Sequence[int]) -> None:
@@ -244,7 +235,7 @@ def _as_values(row: AuditRow, chained: bytes) -> dict[str, Any]:
     return values
 
 
-def _event_values(event: OutboxEvent, rows: Sequence[tuple[AuditRow, bytes]]) -> dict[str, Any]:
+def _event_values(event: Event, rows: Sequence[tuple[AuditRow, bytes]]) -> dict[str, Any]:
     time = moment(rows[0][0].written_us)
     return {"time": time, "event_id": event.id, "topic": event.topic, "key": event.key, "value": event.value}
 
