@@ -111,7 +111,7 @@ class DataPlane:
         """
         if not request.id:
             request.id = self.new_id()
-        if self._features is None and self._recorder is None:
+        if not model.is_bound or (self._features is None and self._recorder is None):
             return await self._answer(model, request)
         return await self._answer_bound(model, request)
 

@@ -42,6 +42,7 @@ class ServedModel:
     max_request_bytes: int
     loaded_at_s: float
     stamps: tuple[tuple[int, int], ...]
+    is_bound: bool = False  # whether the manifest declares features or bindings
     capacity: Capacity | None = None
 
     @property
@@ -106,6 +107,7 @@ class Loader:
             name=name, version=version, manifest=manifest, artifact=artifact, engine=loaded, runner=runner,
             batcher=batcher, metrics=metrics, signature=loaded.signature, max_batch_rows=max_rows,
             max_request_bytes=int(spec.limits.max_request_bytes.value), loaded_at_s=time.time(), stamps=stamps,
+            is_bound=spec.features is not None or spec.bindings is not None,
         )  # fmt: skip
 
     def _load_engine(self, artifact: Artifact, manifest: Manifest) -> Engine:
@@ -150,7 +152,6 @@ def _refuse_unsupported(spec: PhoenixModelSpec) -> None:
         name
         for name, value in (
             ("spec.features", spec.features),
-            ("spec.bindings.kafka", bindings and bindings.kafka),
             ("spec.bindings.postgres", bindings and bindings.postgres),
         )
         if value
