@@ -106,7 +106,7 @@ class DataPlane:
             request.id = self.new_id()
         if request.listed_parameters:
             _refuse_lists(model, request)
-        if model.features is None and self._recorder is None:
+        if model.features is None and (self._recorder is None or not model.is_bound):
             return await self._answer(model, request, request.timeout_us)
         return await self._answer_bound(model, request)
 

@@ -124,7 +124,7 @@ class EventBroker:
         self._known.clear()
 
     def _probe(self) -> None:
-        for topic in [topic for topic in self._reports if topic not in self._known]:
+        for topic in [topic for topic in list(self._reports) if topic not in self._known]:
             self._last_error = ""
             fault = self._link.topic_fault(self._producer, topic)
             if fault is None:

@@ -12,7 +12,7 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Self
 
 from phoenix_server.event_file import EventFiles
@@ -40,8 +40,10 @@ class NotDelivered(Exception):
 class _Delivery:
     """Events that somebody waits for. `settled` is called in the thread, `done` resolves on the loop."""
 
-    def __init__(self, events: Sequence[Event]) -> None:
+    def __init__(self, events: Sequence[Event], counts: Mapping[str, EventCounts]) -> None:
+        """`counts` are the counters of each topic in use."""
         self.events = events
+        self._counts = counts
         self._loop = asyncio.get_running_loop()
         self.done: asyncio.Future[None] = self._loop.create_future()
         self._left = len(events)
@@ -51,6 +53,9 @@ class _Delivery:
         self._left -= 1
         self._fault = self._fault or fault
         if not self._left:
+            for event in self.events if self._fault is None else ():
+                if (counts := self._counts.get(event.topic)) is not None:
+                    counts.published += 1
             self._loop.call_soon_threadsafe(self._resolve)
 
     def _resolve(self) -> None:
@@ -69,6 +74,7 @@ class Events:
         self._metrics = metrics
         self._streams: dict[ServedModel, Stream | None] = {}
         self._reports: dict[str, Callable[[str, str | None], None]] = {}
+        self._counts: dict[str, EventCounts] = {}
         self._queue: deque[tuple[Stream, Prediction | Event, int]] = deque()
         self._urgent: deque[_Delivery] = deque()
         # Each is written by one side only: the loop accepts, the thread takes.
@@ -109,6 +115,8 @@ class Events:
             del self._streams[gone]
         for model in models:
             self._stream(model)
+        for topic in self._reports.keys() - {stream.topic for stream in self._streams.values() if stream}:
+            del self._reports[topic]
 
     async def record(self, prediction: "Prediction") -> None:
         """Publish the event of a prediction, where its model declares events."""
@@ -141,7 +149,7 @@ class Events:
             return
         if self._close_by_s is not None:
             raise NotDelivered("the server is shutting down")
-        delivery = _Delivery(events)
+        delivery = _Delivery(events, self._counts)
         self._urgent.append(delivery)
         self._start()
         try:
@@ -164,6 +172,7 @@ class Events:
             counts = self._metrics.events.setdefault(model.name, EventCounts())
             if kafka.events.sample_percent:
                 stream = Stream(model, counts)
+                self._counts[stream.topic] = counts
                 if self._settings.kafka_bootstrap_servers is not None:
                     binding = binding_of(model.name, self._metrics.bindings, self._loop.call_soon_threadsafe)
                     self._reports[stream.topic] = binding.report
@@ -173,6 +182,9 @@ class Events:
 
     def _accept(self, stream: Stream, item: "Prediction | Event", size: int) -> None:
         settings = self._settings
+        if self._close_by_s is not None:
+            stream.lose("shutdown")
+            return
         if (
             len(self._queue) >= settings.events_queue_records
             or self._accepted_bytes - self._taken_bytes + size > settings.events_queue_bytes
@@ -201,7 +213,7 @@ class Events:
             self._close_by_s = time.monotonic()
 
     def _work(self) -> None:
-        sink, ready = self._sink, deque[tuple[Stream, Event]]()
+        sink, ready = self._sink, list[tuple[Stream, Event]]()
         while True:
             while self._urgent:
                 delivery = self._urgent.popleft()
@@ -209,8 +221,7 @@ class Events:
             if not ready:
                 self._take(ready)
             if ready:
-                for _ in range(sink.send(ready)):
-                    ready.popleft()
+                del ready[: sink.send(ready)]
             is_busy = sink.turn(_GATHER_S if ready or self._queue else 0.0)
             close_by_s = self._close_by_s
             if close_by_s is not None and (time.monotonic() >= close_by_s or not (ready or self._queue)):
@@ -225,7 +236,7 @@ class Events:
         for stream, _, _ in self._queue:
             stream.lose("shutdown")
 
-    def _take(self, ready: deque[tuple[Stream, Event]]) -> None:
+    def _take(self, ready: list[tuple[Stream, Event]]) -> None:
         """Move items from the queue, written as events."""
         queue = self._queue
         for _ in range(min(len(queue), _MOST_AT_ONCE)):

@@ -28,16 +28,16 @@ class KafkaBinding(BindingState):
         if part not in self._reported or self._reported[part] != fault:
             self._reported[part] = fault
             try:
-                self._call(self._change, part, fault)
+                self._call(self._settle, part, fault)
             except RuntimeError:  # the loop is closed: nobody asks any more
                 return
 
     def forget(self, part: str) -> None:
         """Take back what `part` said, because it ended. To be called on the event loop."""
         if self._reported.pop(part, None) is not None:
-            self._change(part, None)
+            self._settle(part, None)
 
-    def _change(self, part: str, fault: str | None) -> None:
+    def _settle(self, part: str, fault: str | None) -> None:
         self._faults.pop(part, None)
         if fault is not None:
             self._faults[part] = fault
