@@ -7,7 +7,7 @@ and takes over in one assignment; whatever fails, what served before goes on ser
 import asyncio
 import contextlib
 import logging
-from collections.abc import Coroutine, Iterable, Iterator
+from collections.abc import Callable, Coroutine, Iterable, Iterator
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -64,6 +64,8 @@ class Repository:
         self._tasks: set[asyncio.Task[None]] = set()
         self._is_started = False
         self.is_draining = False
+        # Each is called on the event loop with everything that is loaded, whenever that has changed.
+        self.followers: list[Callable[[list[ServedModel]], None]] = []
 
     # --- what requests ask -----------------------------------------------------------------------------------
 
@@ -267,6 +269,8 @@ class Repository:
             if slot.served is not None:
                 answering[name, version] = answering[name, ""] = slot.served
         self._answering = answering
+        for follower in self.followers:
+            follower(self.served())
 
     async def _measure_when_quiet(self, model: ServedModel) -> None:
         """Measure capacity while no request is in flight; start again later when one comes."""

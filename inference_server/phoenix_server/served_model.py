@@ -43,6 +43,7 @@ class ServedModel:
     max_request_bytes: int
     loaded_at_s: float
     stamps: tuple[tuple[int, int], ...]
+    is_bound: bool = False  # whether the manifest declares features or bindings
     capacity: Capacity | None = None
     features: ModelFeatures | None = None
 
@@ -114,6 +115,7 @@ class Loader:
             batcher=batcher, metrics=metrics, signature=loaded.signature, max_batch_rows=max_rows,
             max_request_bytes=int(spec.limits.max_request_bytes.value), loaded_at_s=time.time(), stamps=stamps,
             features=features,
+            is_bound=spec.features is not None or spec.bindings is not None,
         )  # fmt: skip
 
     def _load_engine(self, artifact: Artifact, manifest: Manifest) -> Engine:
@@ -162,20 +164,8 @@ def stamps_of(artifact: Artifact) -> tuple[tuple[int, int], ...]:
 
 def _refuse_unsupported(spec: PhoenixModelSpec, *, can_fill: bool) -> None:
     """Nothing that a manifest asks for is dropped in silence."""
-    bindings = spec.bindings
-    asked = [
-        name
-        for name, value in (
-            ("spec.features", spec.features and not can_fill),
-            ("spec.bindings.kafka", bindings and bindings.kafka),
-            ("spec.bindings.postgres", bindings and bindings.postgres),
-        )
-        if value
-    ]
-    if asked:
-        raise ModelLoadError(
-            Reason.INVALID_SPEC, f"{', '.join(asked)}: not served by this version of phoenix-server; remove it"
-        )
+    if spec.features and not can_fill:
+        raise ModelLoadError(Reason.INVALID_SPEC, "spec.features: nothing completes requests here; remove it")
     if spec.networking and spec.networking.rate_limit:
         _log.warning("spec.networking.rateLimit is not enforced by this version of phoenix-server")
 

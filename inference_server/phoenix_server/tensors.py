@@ -158,6 +158,7 @@ class InferRequest:
     `inputs` maps input names to arrays; `outputs` names the outputs asked for, in order (empty: all).
     `timeout_us` is the caller's own deadline in microseconds (0: only the model's). `listed_parameters` names the
     parameters that came as JSON lists; their value is the list's JSON text, as transports without lists have it.
+    `caller` tells API keys apart (`ApiKeys.caller`); empty where none are asked for.
     """
 
     inputs: dict[str, Array]
@@ -166,6 +167,7 @@ class InferRequest:
     parameters: dict[str, Parameter] = field(default_factory=dict)
     timeout_us: int = 0
     listed_parameters: tuple[str, ...] = ()
+    caller: str = ""
 
 
 @dataclass(slots=True)
