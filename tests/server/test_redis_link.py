@@ -43,6 +43,8 @@ class Answering:
         self._answer = answer
         self.connections = 0
         self.port = 0
+        self._writers: list[asyncio.StreamWriter] = []
+        self._serving: set[asyncio.Task[Any]] = set()
 
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator["Answering"]:
@@ -52,10 +54,17 @@ class Answering:
             yield self
         finally:
             server.close()
+            for writer in self._writers:
+                writer.close()
+            await asyncio.gather(*self._serving, return_exceptions=True)
             await server.wait_closed()
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.connections += 1
+        task = asyncio.current_task()
+        assert task is not None
+        self._serving.add(task)
+        self._writers.append(writer)
         with contextlib.suppress(ConnectionError):
             while data := await reader.read(65_536):
                 if data.startswith(PING):
