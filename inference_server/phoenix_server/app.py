@@ -62,9 +62,7 @@ async def running(settings: Settings, manifests: Iterable[Manifest], paths: list
             stack.callback(tracer.close)
         events = await stack.enter_async_context(Events(settings, metrics))
         repository.followers.append(events.follow)
-        plane = DataPlane(
-            repository, metrics, recorder=events, tracer=tracer, is_access_logged=settings.access_log
-        )
+        plane = DataPlane(repository, metrics, recorder=events, tracer=tracer, is_access_logged=settings.access_log)
 
         decoders = ThreadPoolExecutor(intra_op_threads(0, settings.cpus), thread_name_prefix="decode")
         stack.callback(decoders.shutdown, wait=False, cancel_futures=True)
