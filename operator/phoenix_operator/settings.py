@@ -162,6 +162,9 @@ class Settings(ApiObject):
     backends: Annotated[list[BackendSettings], Field(max_length=32), AfterValidator(_distinct_backends)] = Field(
         default_factory=list, description="What models can bind to by name."
     )
+    binding_check_seconds: Whole = Field(
+        60, ge=5, le=3600, description="Time after which the pods of a model with bindings are asked how these do."
+    )
     workers: Whole = Field(32, ge=1, le=64, description="Models that are reconciled at the same time.")
     resync_seconds: Whole = Field(600, ge=10, le=86_400, description="Time after which each model is looked at again.")
     # more than one process can send: the API server's own priority and fairness sets the pace, by 429 and Retry-After
