@@ -103,7 +103,8 @@ class Killed(BaseException):
 class Life:
     """A model from its creation to its end, with an operator that is killed before its n-th step and started again.
 
-    Before each step whoever has a running pod must be able to log in with what that pod was given.
+    Before each step every running pod must be able to log in with what it was given, and with what it would be given
+    if it started again. What may have something on a backend must stand on the model.
     """
 
     def __init__(self, killed_before: int | None, spec: Object) -> None:
@@ -119,9 +120,20 @@ class Life:
     def step(self) -> None:
         for home, given in self.held:
             assert self.world.services[home].works(given), f"a running pod cannot log in to {home}"
+            self.check_restart(home[0])
+        document = self.world.cluster.objects.get((PHOENIX_MODEL, *KEY))
+        recorded = bindings.homes_of(document) if document else set()
+        assert set(self.logins()) <= recorded, "what may be there is not written down"
         self.steps += 1
         if self.steps == self.killed_before:
             raise Killed
+
+    def check_restart(self, kind: str) -> None:
+        """A container that starts again reads the Secret as it is now."""
+        body = self.world.cluster.objects.get((SECRET, NAMESPACE, f"fraud-{kind}"))
+        if body is not None:
+            backend = body["metadata"]["annotations"][bindings.BACKEND]
+            assert self.world.services[kind, backend].works(values(self.world, kind)), "a restarted pod cannot log in"
 
     async def reconcile(self) -> None:
         """Reconcile until nothing is written any more."""
