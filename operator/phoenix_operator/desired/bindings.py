@@ -18,6 +18,12 @@ ROOT, ROOT_VARIABLE = "/bindings", "SERVICE_BINDING_ROOT"
 TYPE_PREFIX = "servicebinding.io/"
 _USUAL_PORT = {"redis": 6379, "kafka": 9092, "postgresql": 5432}
 KINDS = tuple(_USUAL_PORT)
+# What a Secret of ours holds besides `type`, `provider` and, with TLS, `certificates`.
+KEYS = {
+    "redis": ("host", "port", "username", "password", "ssl", "key-prefix", "uri"),
+    "kafka": ("bootstrap-servers", "security-protocol", "sasl-mechanism", "username", "password", "group-id"),
+    "postgresql": ("host", "port", "database", "username", "password", "schema", "sslmode", "uri"),
+}
 _ENDS_OF_TOPICS = ("predictions", "requests", "results", "dead-letters")
 
 
