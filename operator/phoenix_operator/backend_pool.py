@@ -41,6 +41,7 @@ class _Line:
     looked_at: float = float("-inf")
     error: BackendError | None = None
     failures: int = 0
+    failed_at: float = float("-inf")
     retry_at: float = 0.0
     is_probing: bool = False
     gate: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(_AT_ONCE))
@@ -97,7 +98,8 @@ class BackendPool:
                 line.error, line.failures = None, 0
                 return answer
             except BackendError as error:
-                if error.reason is Reason.BACKEND_UNREACHABLE:
+                # those that were under way together fail together: that is one failure
+                if error.reason is Reason.BACKEND_UNREACHABLE and started >= line.failed_at:
                     _pause(line, error)
                 raise
             finally:
@@ -175,7 +177,8 @@ def _check(line: _Line) -> None:
 def _pause(line: _Line, error: BackendError) -> None:
     line.failures += 1
     pause_s = min(_FIRST_PAUSE_S * 2 ** min(line.failures - 1, 10), _LAST_PAUSE_S)
-    line.error, line.retry_at = error, time.monotonic() + pause_s * random.uniform(0.8, 1.2)
+    line.error, line.failed_at = error, time.monotonic()
+    line.retry_at = line.failed_at + pause_s * random.uniform(0.8, 1.2)
 
 
 async def _quietly(closing: Awaitable[None]) -> None:
