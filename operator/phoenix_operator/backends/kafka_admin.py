@@ -1,11 +1,11 @@
 """One piece of work on a Kafka cluster, in a process of its own: JSON comes in by stdin, JSON goes out by stdout.
 
-librdkafka can abort the process that it lives in (seen: SCRAM and ACL calls to a broker that is none), so the operator
-runs `python -m phoenix_operator.backends.kafka_admin` for each piece and ends it at the deadline. Secrets come by stdin:
-arguments and environment can be read by others. This is the only module that knows `confluent_kafka`.
+librdkafka can abort the process that it lives in (seen: SCRAM and ACL calls to a broker that is none), so the
+operator runs `python -m phoenix_operator.backends.kafka_admin` for each piece and ends it at the deadline. Secrets come
+by stdin: arguments and environment can be read by others. This is the only module that knows `confluent_kafka`.
 
 In: `{"client": {…}, "deadline_s": …, "work": "ensure" | "drop_login" | "drop_data", …}`, the rest are the arguments of
-the function of that name. Out: `{}`, or `{"reason": …, "message": …}` with a name of `phoenix_api.Reason`.
+the function of that name. Out: `{}`, or `{"reason": …, "message": …}` with a member's name of `phoenix_api.Reason`.
 """
 
 import json
@@ -387,9 +387,9 @@ def answer(request: dict[str, Any]) -> dict[str, str]:
     try:
         work(Connection(request.pop("client"), until=until), **request)
     except BackendError as error:
-        return {"reason": error.reason, "message": error.message}
+        return {"reason": error.reason.name, "message": error.message}
     except KafkaException as exception:
-        return {"reason": Reason.ACCESS_DENIED, "message": f"the broker refuses: {exception.args[0].str()}"}
+        return {"reason": Reason.ACCESS_DENIED.name, "message": f"the broker refuses: {exception.args[0].str()}"}
     return {}
 
 
