@@ -1,8 +1,7 @@
-"""What the tests of the three backends share: a backend for the block, models, logins, and the error that is expected."""
+"""What the tests of the three backends share: a backend for the block, models, logins, and the expected error."""
 
 import asyncio
 import functools
-import logging
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from typing import Any
@@ -65,10 +64,3 @@ def assert_silent(caplog: pytest.LogCaptureFixture, *secrets: str) -> None:
     text = "\n".join(f"{record.getMessage()} {record.__dict__}" for record in caplog.records)
     for secret in ("s3cret", *secrets):
         assert secret not in text
-
-
-@pytest.fixture
-def everything_logged(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
-    """The log, at its finest."""
-    caplog.set_level(logging.DEBUG)
-    return caplog
