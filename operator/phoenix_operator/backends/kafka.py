@@ -156,7 +156,12 @@ class KafkaBackend:
         reason = Reason[answer["reason"]]
         if reason is Reason.BACKEND_UNREACHABLE:
             raise self._unreachable(f"{answer['message']}, within {timeout_s:g} s")
-        raise BackendError(reason, f"{self._where}: {answer['message']}")
+        raise BackendError(reason, f"{self._where}: {answer['message'] or self._refused}")
+
+    @property
+    def _refused(self) -> str:
+        secret = self._config.admin_secret_ref.name
+        return f"the credentials of the Secret {secret} are refused; correct its username and password"
 
     def _unreachable(self, what: str) -> BackendError:
         return BackendError(
