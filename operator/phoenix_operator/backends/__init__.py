@@ -13,9 +13,10 @@ __all__ = ["SLOTS", "Backend", "BackendError", "Login", "Tenant", "Topic", "make
 
 
 def make_backend(config: BackendSettings, admin: Mapping[str, str]) -> Backend:
-    """Return the backend; nothing is connected yet. `admin` is its admin Secret, decoded, in the Service Binding layout.
+    """Return the backend; nothing is connected yet.
 
-    Raises `BackendError(SecretMissing)` that names the keys that the Secret lacks.
+    `admin` is its admin Secret, decoded, in the layout of the Service Binding specification. Raises
+    `BackendError(SecretMissing)` that names the keys that the Secret lacks.
     """
     if config.kind is BackendKind.REDIS:
         from phoenix_operator.backends.redis import RedisBackend

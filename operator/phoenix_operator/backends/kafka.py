@@ -47,8 +47,8 @@ class KafkaBackend:
             if value not in known:
                 raise BackendError(
                     Reason.SECRET_MISSING,
-                    f"backend {config.name}: {key} of its admin Secret: expected {', '.join(known[:-1])} or {known[-1]}, "
-                    f"got {value!r:.40}",
+                    f"backend {config.name}: {key} of its admin Secret: expected {', '.join(known[:-1])} or "
+                    f"{known[-1]}, got {value!r:.40}",
                 )
         if self._is_sasl:
             required(admin, "username", "password", of=config.name)
@@ -153,10 +153,15 @@ class KafkaBackend:
             raise self._unreachable(f"the Kafka client ended with code {code} and without an answer") from None
         if not answer:
             return
-        reason = Reason(answer["reason"])
+        reason = Reason[answer["reason"]]
         if reason is Reason.BACKEND_UNREACHABLE:
             raise self._unreachable(f"{answer['message']}, within {timeout_s:g} s")
-        raise BackendError(reason, f"{self._where}: {answer['message']}")
+        raise BackendError(reason, f"{self._where}: {answer['message'] or self._refused}")
+
+    @property
+    def _refused(self) -> str:
+        secret = self._config.admin_secret_ref.name
+        return f"the credentials of the Secret {secret} are refused; correct its username and password"
 
     def _unreachable(self, what: str) -> BackendError:
         return BackendError(

@@ -1,14 +1,16 @@
 """One piece of work on a Kafka cluster, in a process of its own: JSON comes in by stdin, JSON goes out by stdout.
 
-librdkafka can abort the process that it lives in (seen: SCRAM and ACL calls to a broker that is none), so the operator
-runs `python -m phoenix_operator.backends.kafka_admin` for each piece and ends it at the deadline. Secrets come by stdin:
-arguments and environment can be read by others. This is the only module that knows `confluent_kafka`.
+librdkafka can abort the process that it lives in (seen: SCRAM and ACL calls to a broker that is none), so the
+operator runs `python -m phoenix_operator.backends.kafka_admin` for each piece and ends it at the deadline. Secrets come
+by stdin: arguments and environment can be read by others. This is the only module that knows `confluent_kafka`.
 
 In: `{"client": {…}, "deadline_s": …, "work": "ensure" | "drop_login" | "drop_data", …}`, the rest are the arguments of
-the function of that name. Out: `{}`, or `{"reason": …, "message": …}` with a name of `phoenix_api.Reason`.
+the function of that name. Out: `{}`, or `{"reason": …, "message": …}` with a member's name of `phoenix_api.Reason`;
+`AccessDenied` without a message says that the login itself is refused.
 """
 
 import json
+import re
 import sys
 import time
 from collections.abc import Callable, Iterable
@@ -52,6 +54,8 @@ _DENIED = {
     KafkaError.TRANSACTIONAL_ID_AUTHORIZATION_FAILED,
     KafkaError.DELEGATION_TOKEN_AUTHORIZATION_FAILED,
 }
+# Of an error's text: how often and after how long it came, which differs each time.
+_CHATTER = re.compile(r" \((after \d+ms|\d+ identical).*\)$")
 _SILENT = {KafkaError._TIMED_OUT, KafkaError._TRANSPORT, KafkaError._ALL_BROKERS_DOWN, KafkaError.REQUEST_TIMED_OUT}
 
 
@@ -95,7 +99,7 @@ class Connection:
         while not future.done():
             self.admin.poll(_POLL_S)
             if self.is_refused:
-                raise BackendError(Reason.ACCESS_DENIED, self._trouble)
+                raise BackendError(Reason.ACCESS_DENIED, "")
             if self.left_s <= 0:
                 raise BackendError(Reason.BACKEND_UNREACHABLE, self._trouble or "no answer in time")
         try:
@@ -119,7 +123,8 @@ class Connection:
         self.done(self.admin.describe_cluster(request_timeout=_whole(self.left_s)), "describe the cluster")
 
     def _on_error(self, error: KafkaError) -> None:
-        self._trouble = error.str()
+        if error.code() != KafkaError._ALL_BROKERS_DOWN or not self._trouble:  # which of them, and why, came before
+            self._trouble = _CHATTER.sub("", error.str())
         self.is_refused = self.is_refused or error.code() == KafkaError._AUTHENTICATION
 
 
@@ -387,9 +392,9 @@ def answer(request: dict[str, Any]) -> dict[str, str]:
     try:
         work(Connection(request.pop("client"), until=until), **request)
     except BackendError as error:
-        return {"reason": error.reason, "message": error.message}
+        return {"reason": error.reason.name, "message": error.message}
     except KafkaException as exception:
-        return {"reason": Reason.ACCESS_DENIED, "message": f"the broker refuses: {exception.args[0].str()}"}
+        return {"reason": Reason.ACCESS_DENIED.name, "message": f"the broker refuses: {exception.args[0].str()}"}
     return {}
 
 

@@ -1,8 +1,8 @@
 """PostgreSQL: a schema for each model, its owner who cannot log in, and logins that may become the owner to migrate.
 
-Hides `psycopg`, names that fit into 63 bytes, and who may do what (docs/decisions has why): the server grants its login
-what it works with when it has made the tables. Each change is one transaction under an advisory lock: an operator that is
-ended in the middle leaves nothing half done. Passwords are hashed here; the server's log never sees one.
+Hides `psycopg`, names that fit into 63 bytes, and who may do what: the server itself grants its login what it works
+with once it has made the tables (docs/decisions, 18). Each change is one transaction under an advisory lock: an
+operator that ends in the middle leaves nothing half done. Passwords are hashed here; the server's log never sees one.
 
 A schema carries the uid of its model in its comment. One that another model's login can still reach is not taken over.
 """
@@ -12,10 +12,10 @@ import hashlib
 import re
 import tempfile
 from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import quote, urlencode
+from urllib.parse import quote
 
 import psycopg
 from psycopg import errors, sql
@@ -52,7 +52,10 @@ class _Names:
 
 
 class PostgresBackend:
-    """One database. Admin Secret: `host`, `database`, `username`; optional `port`, `password`, `sslmode`, `certificates`."""
+    """One database. Admin Secret: `host`, `database`, `username`, `password`; also `port`, `sslmode`, `certificates`.
+
+    Raises `BackendError(SecretMissing)` where what the Secret says cannot be.
+    """
 
     kind = "postgresql"
 
@@ -92,7 +95,7 @@ class PostgresBackend:
             "password": login.password,
             "schema": _names(tenant).schema,
             "sslmode": self._ssl_mode,
-            "uri": f"postgresql://{user}:{password}@{host}:{self._port}/{database}?{urlencode({'sslmode': self._ssl_mode})}",
+            "uri": f"postgresql://{user}:{password}@{host}:{self._port}/{database}?sslmode={self._ssl_mode}",
         }
         if certificates := self._admin.get("certificates"):
             keys["certificates"] = certificates
@@ -100,29 +103,32 @@ class PostgresBackend:
 
     async def ensure(self, tenant: Tenant, login: Login) -> None:
         """Make owner, schema and login. Raises `BackendError`."""
-        can, names = self._config.capabilities, _names(tenant)
-        async with self._asked(f"make schema and login of {tenant.namespace}/{tenant.name}") as connection:
+        can, names, is_known = self._config.capabilities, _names(tenant), True
+        doing = f"make schema and login of {tenant.namespace}/{tenant.name}"
+        async with self._asked(doing) as connection:
             work = _Work(connection, names)
             await work.lock()
             if can.manage_users:
                 await work.ensure_owner()
             if can.manage_schemas:
                 await self._ensure_schema(work, tenant)
-            elif not await work.schema_comment():
+            elif await work.schema_comment() is None:
                 raise BackendError(
                     Reason.ACCESS_DENIED,
-                    f"{self._where}: there is no schema {names.schema}; make it, or switch manageSchemas on",
+                    f"{self._where}: there is no schema {names.schema}; make it, with an owner of this name, or switch "
+                    "manageSchemas on",
                 )
             if can.manage_users:
                 is_known = login.username in await work.who_can_log_in() and await self._works(login)
                 await work.ensure_login(
                     login, database=self._database, limit=self._config.connection_limit, is_password_known=is_known
                 )
-        if can.manage_users and not is_known and not await self._works(login):
-            raise BackendError(
-                Reason.ACCESS_DENIED,
-                f"{self._where}: {login.username} is made and cannot log in; see pg_hba.conf and the server's log",
-            )
+        async with self._told(doing):
+            if not is_known and not await self._works(login):
+                raise BackendError(
+                    Reason.ACCESS_DENIED,
+                    f"{self._where}: {login.username} is made and cannot log in; see pg_hba.conf and the server's log",
+                )
 
     async def drop_login(self, tenant: Tenant, username: str) -> None:
         """Take password and right to log in away, and end its sessions. Raises `BackendError`."""
@@ -139,7 +145,7 @@ class PostgresBackend:
             await _Work(connection, names).end_sessions(username)
 
     async def drop_data(self, tenant: Tenant) -> None:
-        """Drop the schema with all that is in it, and the roles. A schema of another uid stays. Raises `BackendError`."""
+        """Drop the schema with all that is in it, and the roles; one of another uid stays. Raises `BackendError`."""
         can, names = self._config.capabilities, _names(tenant)
         async with self._asked(f"look at the schema {names.schema}") as connection:
             comment = await _Work(connection, names).schema_comment()
@@ -184,15 +190,16 @@ class PostgresBackend:
             await work.comment_schema(own)
 
     async def _works(self, login: Login) -> bool:
+        """Return whether the login is let in, or would be but for its limit or for a right that is granted later."""
         try:
-            async with await self._connect(login):
-                return True
+            connection = await self._connect(login)
         except psycopg.OperationalError as error:
-            if "FATAL" in str(error) and "connections for role" not in str(error):
-                return "CONNECT" in str(error)  # the right to connect is granted below
-            if "connections for role" in str(error):
-                return True
-            raise
+            words = str(error)
+            if "FATAL" not in words:
+                raise
+            return "connections for role" in words or "permission denied for database" in words
+        await connection.close()
+        return True
 
     async def _connect(self, login: Login) -> _Connection:
         timeout_ms = int(self._config.timeout_seconds * 1000)
@@ -214,15 +221,20 @@ class PostgresBackend:
     @asynccontextmanager
     async def _asked(self, doing: str) -> AsyncIterator[_Connection]:
         """A transaction of the admin's with a deadline, whose errors have a reason. `doing` completes "may not …"."""
-        admin = Login(self._admin["username"], self._admin.get("password", ""))
-        try:
-            async with (
-                asyncio.timeout(self._config.timeout_seconds),
-                self._turns,
-                await self._connect(admin) as connection,
-            ):
+        async with self._turns, self._told(doing):
+            connection = await self._connect(Login(self._admin["username"], self._admin.get("password", "")))
+            try:
                 yield connection
-        except (TimeoutError, errors.QueryCanceled, errors.LockNotAvailable, psycopg.errors.ConnectionTimeout):
+                await connection.commit()
+            finally:
+                await connection.close()  # which rolls back, and waits for nobody
+
+    @asynccontextmanager
+    async def _told(self, doing: str) -> AsyncIterator[None]:
+        try:
+            async with asyncio.timeout(self._config.timeout_seconds):
+                yield
+        except (TimeoutError, errors.QueryCanceled, errors.LockNotAvailable, errors.ConnectionTimeout):
             raise self._unreachable(f"no answer within {self._config.timeout_seconds:g} s") from None
         except errors.InsufficientPrivilege as error:
             raise BackendError(
@@ -263,9 +275,7 @@ class _Work:
 
     async def lock(self) -> None:
         """Wait until nobody else works on this model."""
-        await self._connection.execute(
-            "SELECT pg_advisory_xact_lock(hashtextextended(%s, 0))", [self.names.owner]
-        )
+        await self._connection.execute("SELECT pg_advisory_xact_lock(hashtextextended(%s, 0))", [self.names.owner])
 
     async def ensure_owner(self) -> None:
         """Make the role that owns the schema, and the admin one who may act for it."""
@@ -305,24 +315,24 @@ class _Work:
         """Make the login as it should be: it inherits nothing, and may become the owner."""
         role = sql.Identifier(login.username)
         found = await self._rows(
-            "SELECT rolcanlogin AND NOT rolinherit AND rolconnlimit = %s AND NOT (rolsuper OR rolcreaterole OR "
-            "rolcreatedb OR rolreplication OR rolbypassrls) AS is_so, "
-            "rolsuper, rolcreaterole, rolcreatedb, rolreplication, rolbypassrls FROM pg_roles WHERE rolname = %s",
+            "SELECT rolcanlogin AND NOT rolinherit AND rolconnlimit = %s AS is_so, array_remove(ARRAY["
+            "CASE WHEN rolsuper THEN 'NOSUPERUSER' END, CASE WHEN rolcreaterole THEN 'NOCREATEROLE' END, "
+            "CASE WHEN rolcreatedb THEN 'NOCREATEDB' END, CASE WHEN rolreplication THEN 'NOREPLICATION' END, "
+            "CASE WHEN rolbypassrls THEN 'NOBYPASSRLS' END], NULL) AS excess FROM pg_roles WHERE rolname = %s",
             limit, login.username,
         )  # fmt: skip
         if not found:
             await self._do("CREATE ROLE {} NOINHERIT", role)
-        if not found or not found[0].is_so or not is_password_known:
-            # words that only a superuser may say are said only where something is to be taken away
-            attributes = ("superuser", "createrole", "createdb", "replication", "bypassrls")
-            names = ("rolsuper", "rolcreaterole", "rolcreatedb", "rolreplication", "rolbypassrls")
-            excess = [f"NO{word}" for word, name in zip(attributes, names, strict=True) if found and found[0][_at(found[0], name)]]
+        # some of these words only a superuser may say: they are said where there is something to take away
+        excess = found[0].excess if found else []
+        if not found or not found[0].is_so or excess or not is_password_known:
             await self._do(
                 "ALTER ROLE {} LOGIN NOINHERIT {} CONNECTION LIMIT {} PASSWORD {}",
                 role, sql.SQL(" ".join(excess)), sql.Literal(limit), sql.Literal(self._hashed(login)),
             )  # fmt: skip
         await self._ensure_membership(login.username)
-        if not (await self._rows("SELECT has_database_privilege(%s, %s, 'CONNECT') AS may", login.username, database))[0].may:
+        rows = await self._rows("SELECT has_database_privilege(%s, %s, 'CONNECT') AS may", login.username, database)
+        if not rows[0].may:
             await self._do("GRANT CONNECT ON DATABASE {} TO {}", sql.Identifier(database), role)
         await self._ensure_search_path(login.username, database)
 

@@ -107,7 +107,7 @@ class RedisBackend:
             if self._is_set(await self._user(login.username), tenant, password_hash):
                 return
             rule = ["reset", "on", f"#{password_hash}", f"~{_prefix(tenant)}*", "resetchannels", *_COMMANDS.split()]
-            await self._client.execute_command("ACL", "SETUSER", login.username, *rule)
+            await self._acl("SETUSER", login.username, *rule)
             # Redis tells a rule in words of its own, other ones in each version: they are learnt
             self._commands_as_told.add(_sorted((await self._user(login.username)).get("commands", "")))
             await self._save()
@@ -118,7 +118,7 @@ class RedisBackend:
             return
         _own(self, tenant, username)
         async with self._asked(f"delete the user {username}"):
-            if await self._client.execute_command("ACL", "DELUSER", username):
+            if await self._acl("DELUSER", username):
                 await self._save()
 
     async def drop_data(self, tenant: Tenant) -> None:
@@ -144,9 +144,12 @@ class RedisBackend:
         """Close the connections."""
         await self._client.aclose()
 
+    async def _acl(self, *words: str) -> Any:
+        return await self._client.execute_command("ACL", *words)  # type: ignore[no-untyped-call]
+
     async def _user(self, username: str) -> dict[str, Any]:
         """Return what Redis says of a user; nothing if there is none."""
-        answer = await self._client.execute_command("ACL", "GETUSER", username)
+        answer = await self._acl("GETUSER", username)
         return dict(zip(answer[::2], answer[1::2], strict=True)) if answer else {}
 
     def _is_set(self, user: dict[str, Any], tenant: Tenant, password_hash: str) -> bool:
@@ -164,7 +167,7 @@ class RedisBackend:
     async def _save(self) -> None:
         """Write the users to the ACL file, where Redis has one: most have none."""
         try:
-            await self._client.execute_command("ACL", "SAVE")
+            await self._acl("SAVE")
         except ResponseError as error:
             if "ACL file" not in str(error) or "not configured" not in str(error):
                 _log.warning("ACLs are not saved", extra={"backend": self._config.name, "cause": str(error)})
