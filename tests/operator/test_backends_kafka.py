@@ -22,6 +22,7 @@ from confluent_kafka.admin import (
     AlterConfigOpType,
     ConfigEntry,
     ConfigResource,
+    ConfigSource,
     ResourcePatternType,
     ResourceType,
     ScramCredentialInfo,
@@ -144,7 +145,9 @@ def configuration(broker: KafkaBroker, name: str) -> dict[str, str]:
     """What was set on a topic, not what it inherits."""
     resource = ConfigResource(ConfigResource.Type.TOPIC, name)
     entries = chief(broker).describe_configs([resource])[resource].result(DEADLINE_S)
-    return {key: entry.value for key, entry in entries.items() if not entry.is_default}
+    return {
+        key: entry.value for key, entry in entries.items() if entry.source == ConfigSource.DYNAMIC_TOPIC_CONFIG.value
+    }
 
 
 def configure(broker: KafkaBroker, name: str, **values: str) -> None:
@@ -409,11 +412,11 @@ async def test_admin_with_the_rights_that_the_docs_name_is_enough(secure_kafka: 
     admin = admin_of(secure_kafka, username="provisioner", password="s3cret-provisioner")
     tenant = model()
     async with using(KIND, admin) as backend:
-        with refused(Reason.ACCESS_DENIED, "the admin may not look at the user phoenix.", "authorization failed"):
+        with refused(Reason.ACCESS_DENIED, "the admin may not Describe nor Alter the cluster; give it these rights"):
             await backend.ensure(tenant, login_of(backend, tenant))
         rights = [(cluster, "kafka-cluster", literal, right) for right in (AclOperation.ALTER, AclOperation.DESCRIBE)]
         give(secure_kafka, "provisioner", *rights)
-        with refused(Reason.ACCESS_DENIED, f"the admin may not make the topic phoenix.{tenant.namespace}.fraud."):
+        with refused(Reason.ACCESS_DENIED, f"the admin may not look at the topic phoenix.{tenant.namespace}."):
             await backend.ensure(tenant, login_of(backend, tenant))
         rights = [(topic, "phoenix.", prefixed, right) for right in of_topics]
         give(secure_kafka, "provisioner", *rights, (group, "phoenix.", prefixed, AclOperation.DELETE))
@@ -566,7 +569,7 @@ async def test_process_that_aborts_hangs_or_is_no_longer_wanted(
         async with using(KIND, admin) as backend:
             work = asyncio.create_task(backend.ensure(tenant, login_of(backend, tenant)))
             child = await child_of_this()
-            seen = Path(f"/proc/{child}/cmdline").read_bytes() + Path(f"/proc/{child}/environ").read_bytes()
+            seen = _process_file(child, "cmdline") + _process_file(child, "environ")
             assert b"kafka_admin" in seen
             assert not any(secret in seen for secret in (b"s3cret", admin["password"].encode()))
             os.kill(child, signal.SIGABRT)
@@ -578,7 +581,7 @@ async def test_process_that_aborts_hangs_or_is_no_longer_wanted(
             work.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await work
-            assert not Path(f"/proc/{child}").exists()
+            assert not _is_there(child)
 
         monkeypatch.setattr("phoenix_operator.backends.kafka._START_S", 1)
         async with using(KIND, admin, timeoutSeconds=1) as backend:
@@ -587,17 +590,28 @@ async def test_process_that_aborts_hangs_or_is_no_longer_wanted(
             os.kill(child, signal.SIGSTOP)
             with refused(Reason.BACKEND_UNREACHABLE, "no answer within 1 s; see that it runs"):
                 await work
-            assert not Path(f"/proc/{child}").exists()
+            assert not _is_there(child)
 
 
 async def child_of_this() -> int:
     """The process that works for a backend, once it is one."""
     while True:
-        for children in Path("/proc/self/task").glob("*/children"):
-            for child in map(int, children.read_text().split()):
-                if b"kafka_admin" in Path(f"/proc/{child}/cmdline").read_bytes():
-                    return child
+        if found := _children():
+            return found[0]
         await asyncio.sleep(0.01)
+
+
+def _children() -> list[int]:
+    lists = [file.read_text().split() for file in Path("/proc/self/task").glob("*/children")]
+    return [child for child in map(int, itertools.chain(*lists)) if b"kafka_admin" in _process_file(child, "cmdline")]
+
+
+def _process_file(process: int, name: str) -> bytes:
+    return Path(f"/proc/{process}/{name}").read_bytes()
+
+
+def _is_there(process: int) -> bool:
+    return Path(f"/proc/{process}").exists()
 
 
 # --- names -----------------------------------------------------------------------------------------------------------

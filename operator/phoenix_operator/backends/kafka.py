@@ -101,24 +101,28 @@ class KafkaBackend:
                 }
                 for topic in tenant.topics
             ],
-            manages={"topics": can.manage_topics, "acls": can.manage_acls},
+            manages=self._manages,
             replication_factor=self._config.replication_factor,
         )
 
     async def drop_login(self, tenant: Tenant, username: str) -> None:
         """Take rights and credentials away; what is open can do nothing from then on. Raises `BackendError`."""
-        can = self._config.capabilities
         if username not in [self.username(tenant, slot) for slot in SLOTS]:
             raise ValueError(f"{username!r:.80} is no login of {tenant.namespace}/{tenant.name}")
-        if can.manage_users:
-            await self._work("drop_login", username=username, manages={"acls": can.manage_acls})
+        if self._config.capabilities.manage_users:
+            await self._work("drop_logins", usernames=[username], manages=self._manages)
 
     async def drop_data(self, tenant: Tenant) -> None:
         """Delete every topic under the model's prefix and its group's offsets. Raises `BackendError`."""
-        for slot in SLOTS:
-            await self.drop_login(tenant, self.username(tenant, slot))
-        if self._config.capabilities.manage_topics:
-            await self._work("drop_data", prefix=_prefix(tenant), group=_group(tenant))
+        can = self._config.capabilities
+        if can.manage_users or can.manage_topics:
+            await self._work(
+                "drop_data",
+                usernames=[self.username(tenant, slot) for slot in SLOTS] if can.manage_users else [],
+                prefix=_prefix(tenant),
+                group=_group(tenant),
+                manages=self._manages,
+            )
 
     async def close(self) -> None:
         """Nothing is kept open."""
@@ -126,6 +130,10 @@ class KafkaBackend:
     @property
     def _is_sasl(self) -> bool:
         return self._protocol.startswith("SASL_")
+
+    @property
+    def _manages(self) -> dict[str, bool]:
+        return {"topics": self._config.capabilities.manage_topics, "acls": self._config.capabilities.manage_acls}
 
     def _client(self, mechanism: str, username: str, password: str) -> dict[str, Any]:
         """Return settings of librdkafka."""
@@ -146,7 +154,8 @@ class KafkaBackend:
         if code is None:
             raise self._unreachable(f"no answer within {timeout_s:g} s")
         if code < 0:
-            raise self._unreachable(f"the Kafka client ended by {signal.Signals(-code).name}: is it a Kafka broker?")
+            name = signal.Signals(-code).name
+            raise self._unreachable(f"the Kafka client ended by {name}: is it a Kafka broker?")
         try:
             answer: dict[str, str] = json.loads(output)
         except ValueError:

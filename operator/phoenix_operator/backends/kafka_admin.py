@@ -4,12 +4,13 @@ librdkafka can abort the process that it lives in (seen: SCRAM and ACL calls to 
 operator runs `python -m phoenix_operator.backends.kafka_admin` for each piece and ends it at the deadline. Secrets come
 by stdin: arguments and environment can be read by others. This is the only module that knows `confluent_kafka`.
 
-In: `{"client": {…}, "deadline_s": …, "work": "ensure" | "drop_login" | "drop_data", …}`, the rest are the arguments of
+In: `{"client": {…}, "deadline_s": …, "work": "ensure" | "drop_logins" | "drop_data", …}`, the rest are the arguments of
 the function of that name. Out: `{}`, or `{"reason": …, "message": …}` with a member's name of `phoenix_api.Reason`;
 `AccessDenied` without a message says that the login itself is refused.
 """
 
 import json
+import os
 import re
 import sys
 import time
@@ -56,6 +57,13 @@ _DENIED = {
 }
 # Of an error's text: how often and after how long it came, which differs each time.
 _CHATTER = re.compile(r" \((after \d+ms|\d+ identical).*\)$")
+# Looked for before anything else: where Describe is denied, librdkafka 2.16 aborts (SCRAM) or tells of no ACLs.
+_RIGHTS_FOR_USERS = (AclOperation.DESCRIBE, AclOperation.ALTER)
+_NOT_YET = {
+    KafkaError.NOT_COORDINATOR,
+    KafkaError.COORDINATOR_NOT_AVAILABLE,
+    KafkaError.COORDINATOR_LOAD_IN_PROGRESS,
+}
 _SILENT = {KafkaError._TIMED_OUT, KafkaError._TRANSPORT, KafkaError._ALL_BROKERS_DOWN, KafkaError.REQUEST_TIMED_OUT}
 
 
@@ -66,6 +74,8 @@ class _Partitions(NamedTuple):
     led: int
 
 
+# A client whose last reference ends in a thread of librdkafka's aborts the process, as with an answer that comes late.
+_KEPT: list["Connection"] = []
 _NO_PARTITIONS = _Partitions(0, 0)
 
 
@@ -74,6 +84,7 @@ class Connection:
 
     def __init__(self, client: dict[str, Any], *, until: float) -> None:
         self._until, self._trouble, self.is_refused = until, "", False
+        _KEPT.append(self)
         self.admin = AdminClient(
             {
                 "client.id": "phoenix-operator",
@@ -107,20 +118,26 @@ class Connection:
         except KafkaException as exception:
             error = exception.args[0]
             if error.code() in _DENIED:
-                raise BackendError(Reason.ACCESS_DENIED, f"the admin may not {doing}: {error.str()}") from None
-            if error.code() == KafkaError.SECURITY_DISABLED:
-                raise BackendError(
-                    Reason.ACCESS_DENIED, f"cannot {doing}: the broker has no authorizer; switch manageAcls off"
-                ) from None
+                words = KafkaError(error.code()).str()  # a controller's own are a page of its internals
+                raise BackendError(Reason.ACCESS_DENIED, f"the admin may not {doing}: {words}") from None
             if error.code() in (KafkaError.POLICY_VIOLATION, KafkaError.UNSUPPORTED_VERSION):
                 raise BackendError(Reason.ACCESS_DENIED, f"the broker refuses to {doing}: {error.str()}") from None
             if error.code() in _SILENT:
                 raise BackendError(Reason.BACKEND_UNREACHABLE, self._trouble or error.str()) from None
             raise
 
-    def greet(self) -> None:
-        """Return once the broker answers to this login."""
-        self.done(self.admin.describe_cluster(request_timeout=_whole(self.left_s)), "describe the cluster")
+    def greet(self, *needs: AclOperation) -> None:
+        """Return once the broker answers to this login. Raises `BackendError` if it lacks rights on the cluster."""
+        call = self.admin.describe_cluster(include_authorized_operations=bool(needs), request_timeout=self._request_s)
+        found = self.done(call, "describe the cluster")
+        if missing := [right.name.capitalize() for right in needs if right not in (found.authorized_operations or ())]:
+            raise BackendError(
+                Reason.ACCESS_DENIED, f"the admin may not {' nor '.join(missing)} the cluster; give it these rights"
+            )
+
+    @property
+    def _request_s(self) -> float:
+        return max(self.left_s, 0.1)
 
     def _on_error(self, error: KafkaError) -> None:
         if error.code() != KafkaError._ALL_BROKERS_DOWN or not self._trouble:  # which of them, and why, came before
@@ -146,7 +163,7 @@ def ensure(
     replication_factor: int,
 ) -> None:
     """Make user, ACLs and topics as asked; write what differs only. `login` is a client's settings, or none to make."""
-    connection.greet()
+    connection.greet(*_RIGHTS_FOR_USERS if login else ())
     if login:
         _ensure_user(connection, login)
         if manages["acls"]:
@@ -155,10 +172,15 @@ def ensure(
         _ensure_topics(connection, topics, is_managed=manages["topics"], replication_factor=replication_factor)
 
 
-def drop_login(connection: Connection, *, username: str, manages: dict[str, bool]) -> None:
+def drop_logins(connection: Connection, *, usernames: list[str], manages: dict[str, bool]) -> None:
     """Take the rights away, at once, and then the credentials."""
-    connection.greet()
-    if manages["acls"]:
+    connection.greet(*_RIGHTS_FOR_USERS if usernames else ())
+    for username in usernames:
+        _drop_login(connection, username, manages_acls=manages["acls"])
+
+
+def _drop_login(connection: Connection, username: str, *, manages_acls: bool) -> None:
+    if manages_acls:
         _delete_acls(connection, username, _acls(connection, username))
     if _mechanisms(connection, username):
         deletion = UserScramCredentialDeletion(username, ScramMechanism.SCRAM_SHA_512)
@@ -166,18 +188,35 @@ def drop_login(connection: Connection, *, username: str, manages: dict[str, bool
         _done_unless(connection, future, f"delete the user {username}", KafkaError.RESOURCE_NOT_FOUND)
 
 
-def drop_data(connection: Connection, *, prefix: str, group: str) -> None:
-    """Delete every topic under the prefix, and the group's offsets; return once no topic is left."""
-    connection.greet()
+def drop_data(
+    connection: Connection, *, usernames: list[str], prefix: str, group: str, manages: dict[str, bool]
+) -> None:
+    """Drop the logins, every topic under the prefix and the group's offsets; return once no topic is left."""
+    drop_logins(connection, usernames=usernames, manages=manages)
+    if not manages["topics"]:
+        return
     while names := _topics_under(connection, prefix):
         for name, future in connection.admin.delete_topics(names).items():
             _done_unless(connection, future, f"delete the topic {name}", KafkaError.UNKNOWN_TOPIC_OR_PART)
         time.sleep(_POLL_S)
-    [future] = connection.admin.delete_consumer_groups([group]).values()
-    # a group with a member is one that is about to end; its offsets end by themselves
-    _done_unless(
-        connection, future, f"delete the group {group}", KafkaError.GROUP_ID_NOT_FOUND, KafkaError.NON_EMPTY_GROUP
-    )
+    _delete_group(connection, group)
+
+
+def _delete_group(connection: Connection, group: str) -> None:
+    """Delete the group's offsets. One with a member is about to end; its offsets end by themselves."""
+    while True:
+        [future] = connection.admin.delete_consumer_groups([group]).values()
+        try:
+            _done_unless(
+                connection, future, f"delete the group {group}", KafkaError.GROUP_ID_NOT_FOUND,
+                KafkaError.NON_EMPTY_GROUP,
+            )  # fmt: skip
+        except KafkaException as exception:
+            if exception.args[0].code() not in _NOT_YET or connection.left_s <= 0:
+                raise
+            time.sleep(_POLL_S)
+        else:
+            return
 
 
 # --- users -----------------------------------------------------------------------------------------------------------
@@ -378,11 +417,7 @@ def _done_unless(connection: Connection, future: "Future[T]", doing: str, *expec
         return None
 
 
-def _whole(seconds: float) -> float:
-    return max(seconds, 0.1)
-
-
-_WORK: dict[str, Callable[..., None]] = {"ensure": ensure, "drop_login": drop_login, "drop_data": drop_data}
+_WORK: dict[str, Callable[..., None]] = {"ensure": ensure, "drop_logins": drop_logins, "drop_data": drop_data}
 
 
 def answer(request: dict[str, Any]) -> dict[str, str]:
@@ -391,16 +426,20 @@ def answer(request: dict[str, Any]) -> dict[str, str]:
     work = _WORK[request.pop("work")]
     try:
         work(Connection(request.pop("client"), until=until), **request)
-    except BackendError as error:
-        return {"reason": error.reason.name, "message": error.message}
+    except BackendError as denied:
+        return {"reason": denied.reason.name, "message": denied.message}
     except KafkaException as exception:
-        return {"reason": Reason.ACCESS_DENIED.name, "message": f"the broker refuses: {exception.args[0].str()}"}
+        error = exception.args[0]
+        is_open = error.code() == KafkaError.SECURITY_DISABLED
+        words = "the broker has no authorizer; switch manageAcls off" if is_open else f"refuses: {error.str()}"
+        return {"reason": Reason.ACCESS_DENIED.name, "message": words}
     return {}
 
 
 def main(lines: Iterable[str]) -> None:
-    """Read the work and write how it ended."""
-    print(json.dumps(answer(json.loads("".join(lines)))))
+    """Read the work, write how it ended, and end without waiting for librdkafka's threads."""
+    print(json.dumps(answer(json.loads("".join(lines)))), flush=True)
+    os._exit(0)
 
 
 if __name__ == "__main__":
