@@ -10,7 +10,7 @@ from memory_cluster import MemoryCluster
 from objects import NAME, NAMESPACE, OPERATOR_NAMESPACE, SETTINGS, document, ready, unplaced
 
 from phoenix_api import Reason
-from phoenix_operator.backend_pool import BackendPool
+from phoenix_operator.backend_pool import BackendPool, Maker
 from phoenix_operator.backends import BackendError
 from phoenix_operator.bindings import Bindings
 from phoenix_operator.cluster import Cluster
@@ -41,7 +41,10 @@ class States:
 class World:
     """Everything around one reconciler."""
 
-    def __init__(self, settings: Settings = SETTINGS, served: Iterable[Kind] = OPTIONAL) -> None:
+    def __init__(
+        self, settings: Settings = SETTINGS, served: Iterable[Kind] = OPTIONAL, *, make: Maker | None = None
+    ) -> None:
+        self._make = make or self._open
         self.served = frozenset(served)
         self.cluster = MemoryCluster(self.served)
         self.store, self.states, self.metrics = Store(), States(), Metrics()
@@ -56,7 +59,7 @@ class World:
         self.store = Store()
         cluster = cast(Cluster, self.cluster)
         recorder = Recorder(cluster, self.metrics, host="test")
-        self.pool = BackendPool(cluster, self.settings, self.metrics, namespace=OPERATOR_NAMESPACE, make=self._open)
+        self.pool = BackendPool(cluster, self.settings, self.metrics, namespace=OPERATOR_NAMESPACE, make=self._make)
         self._reconciler = Reconciler(
             Parts(
                 cluster=cluster,
