@@ -23,6 +23,11 @@ class BindingState:
         self._since_s = time.time()
         self._error = ""
 
+    @property
+    def error(self) -> str:
+        """Why the backend does not answer; empty while it does or nothing is known."""
+        return self._error
+
     def works(self) -> None:
         """Record that the backend answered; logged when that is news."""
         if not self.is_up:

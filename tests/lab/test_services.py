@@ -1,6 +1,8 @@
 """The services that tests and the lab start: real ones, that can be killed, paused and broken, and come back."""
 
+import base64
 import contextlib
+import json
 import os
 import socket
 import ssl
@@ -9,6 +11,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import confluent_kafka
 import psycopg
@@ -25,7 +28,6 @@ from confluent_kafka.admin import (
     ScramMechanism,
     UserScramCredentialUpsertion,
 )
-from faulty_proxy import FaultyProxy, proxy_to
 from lab import LabError, machine, processes
 
 # What never answers is given this long before a test says that it hangs.
@@ -244,6 +246,16 @@ def test_paused_postgres_lets_an_open_connection_hang(postgres_factory):
         asking.join()
 
 
+def test_read_only_postgres_refuses_writes_until_it_takes_them_again(postgres_factory):
+    server = postgres_factory()
+    server.set_read_only(True)
+    with server.connect() as connection, pytest.raises(psycopg.errors.ReadOnlySqlTransaction):
+        connection.execute("CREATE TABLE t (n int)")
+    server.set_read_only(False)
+    with server.connect() as connection:
+        connection.execute("CREATE TABLE t (n int)")
+
+
 def test_secure_postgres_takes_only_the_login_over_tls(secure_postgres):
     with secure_postgres.connect() as connection:
         assert connection.execute("SELECT ssl FROM pg_stat_ssl WHERE pid = pg_backend_pid()").fetchone() == (True,)
@@ -256,7 +268,7 @@ def test_secure_postgres_takes_only_the_login_over_tls(secure_postgres):
 # Kafka
 
 
-def produce(broker, topic: str, value: bytes, **config: str) -> None:
+def produce(broker, topic: str, value: bytes, **config: Any) -> None:
     """One record, acknowledged; raises what the broker answered."""
     producer = confluent_kafka.Producer(broker.config({"message.timeout.ms": 20_000, **config}))
     outcomes: list[confluent_kafka.KafkaError | None] = []
@@ -344,6 +356,34 @@ def test_secure_kafka_refuses_a_wrong_password(secure_kafka, mechanism):
     assert confluent_kafka.KafkaError._AUTHENTICATION in {error.code() for error in errors}
 
 
+def test_secure_kafka_takes_a_client_certificate_for_a_login(secure_kafka):
+    topic = secure_kafka.fresh_topic()
+    for name in ("admin", "nobody-known"):
+        certificate, key = secure_kafka.client_certificate(name)
+        mutual = {
+            "bootstrap.servers": secure_kafka.mutual_tls_bootstrap,
+            "security.protocol": "SSL",
+            "ssl.certificate.location": str(certificate),
+            "ssl.key.location": str(key),
+        }
+        with contextlib.ExitStack() as stack:
+            if name != "admin":
+                stack.enter_context(pytest.raises(confluent_kafka.KafkaException, match="Topic authorization failed"))
+            produce(secure_kafka, topic, b"x", **mutual)
+
+
+def test_kafka_that_takes_tokens_lets_in_whom_they_name(kafka_factory):
+    broker = kafka_factory(is_secure=True, takes_tokens=True)
+
+    def token(_: str) -> tuple[str, float]:
+        until = int(time.time()) + 600
+        parts = ({"alg": "none"}, {"sub": "admin", "iat": until - 600, "exp": until})
+        encoded = (base64.urlsafe_b64encode(json.dumps(part).encode()).rstrip(b"=").decode() for part in parts)
+        return ".".join((*encoded, "")), until
+
+    produce(broker, broker.fresh_topic(), b"x", **{"sasl.mechanism": "OAUTHBEARER", "oauth_cb": token})
+
+
 # TLS
 
 
@@ -372,85 +412,3 @@ def test_service_with_an_expired_certificate_starts_and_is_refused_by_clients(re
             client.list_topics(timeout=2)
         client.poll(0)
         assert confluent_kafka.KafkaError._SSL in {error.code() for error in errors}
-
-
-# The proxy
-
-
-@pytest.fixture
-def proxy(redis_server):
-    with proxy_to(redis_server.port) as proxy:
-        yield proxy
-
-
-def through(proxy: FaultyProxy, *, timeout_s: float = services.DEADLINE_S) -> redis.Redis:
-    return redis.Redis(host=proxy.host, port=proxy.port, socket_timeout=timeout_s, retry=None)
-
-
-def test_proxy_hands_on_and_delays(proxy):
-    with through(proxy) as client:
-        assert client.ping()
-        proxy.set("delay", delay_s=0.3)
-        begun = time.monotonic()
-        assert client.ping()
-        assert time.monotonic() - begun >= 0.3
-        proxy.set("pass")
-        assert client.ping()
-
-
-def test_proxy_that_hangs_accepts_and_never_answers_until_it_goes_on(proxy):
-    with through(proxy, timeout_s=SOON_S) as opened, through(proxy, timeout_s=SOON_S) as new:
-        assert opened.ping()
-        proxy.set("hang")
-        for client in (opened, new):
-            with pytest.raises(redis.exceptions.TimeoutError):
-                client.ping()
-    with socket.create_connection((proxy.host, proxy.port), timeout=services.DEADLINE_S) as waiting:
-        waiting.sendall(b"PING\r\n")
-        proxy.set("pass")
-        assert waiting.recv(16) == b"+PONG\r\n"
-
-
-def test_proxy_that_refuses_ends_connections_and_takes_none(proxy):
-    with through(proxy) as client:
-        assert client.ping()
-        proxy.set("refuse")
-        for _ in range(2):
-            with pytest.raises(redis.exceptions.ConnectionError):
-                client.ping()
-        with pytest.raises(ConnectionRefusedError):
-            socket.create_connection((proxy.host, proxy.port), timeout=1)
-        proxy.set("pass")
-        assert client.ping()
-
-
-def test_proxy_that_resets_ends_connections_abruptly(proxy):
-    with socket.create_connection((proxy.host, proxy.port), timeout=services.DEADLINE_S) as opened:
-        opened.sendall(b"PING\r\n")
-        assert opened.recv(16) == b"+PONG\r\n"
-        proxy.set("reset")
-        with pytest.raises(ConnectionResetError):
-            opened.recv(16)
-    with (
-        pytest.raises(ConnectionResetError),
-        socket.create_connection((proxy.host, proxy.port), timeout=services.DEADLINE_S) as new,
-    ):
-        new.recv(16)
-    proxy.set("pass")
-    with through(proxy) as client:
-        assert client.ping()
-
-
-def test_proxy_of_a_server_that_is_away_closes_the_connection():
-    with (
-        proxy_to(machine.free_port("127.0.0.1")) as proxy,
-        through(proxy) as client,
-        pytest.raises(redis.exceptions.ConnectionError),
-    ):
-        client.ping()
-
-
-@pytest.mark.parametrize(("mode", "delay_s"), [("slow", 0), ("delay", 0), ("pass", 1)])
-def test_proxy_refuses_a_mode_it_does_not_have(proxy, mode, delay_s):
-    with pytest.raises(ValueError, match=r"mode must be one of|delay_s, in seconds"):
-        proxy.set(mode, delay_s=delay_s)

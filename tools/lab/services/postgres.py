@@ -71,6 +71,18 @@ class Postgres(Service):
         # unlike su and runuser it stays the same process, whose id is recorded
         return ["setpriv", "--reuid=postgres", "--regid=postgres", "--clear-groups", program]
 
+    def _binding(self) -> dict[str, str]:
+        login = f"{self.admin.username}:{self.admin.password}" if self.is_secure else self.admin.username
+        address = f"{self.host}:{self.port}"
+        return {
+            "host": self.host,
+            "port": str(self.port),
+            "database": "postgres",
+            "username": self.admin.username,
+            "sslmode": "verify-full" if self.is_secure else "disable",
+            "uri": f"postgresql://{login}@{address}/postgres",
+        }
+
     def _prepare(self) -> None:
         data = self.folder / "data"
         data.mkdir(mode=0o700)

@@ -29,6 +29,16 @@ class Redis(Service):
         """`default` without a password, or `admin`."""
         return Login("admin" if self.is_secure else "default", self._password())
 
+    def _binding(self) -> dict[str, str]:
+        login = f"{self.admin.username}:{self.admin.password}@" if self.is_secure else ""
+        scheme = "rediss" if self.is_secure else "redis"
+        return {
+            "host": self.host,
+            "port": str(self.port),
+            "ssl": str(self.is_secure).lower(),
+            "uri": f"{scheme}://{login}{self.host}:{self.port}/0",
+        }
+
     def _prepare(self) -> None:
         (self.folder / "data").mkdir()
         rights = "~* &* +@all"

@@ -63,6 +63,19 @@ class Service(ABC):
         """The login that may do everything; its password is empty where none is asked for."""
 
     @abstractmethod
+    def _binding(self) -> dict[str, str]:
+        """The keys of the admin's service binding that only this kind has."""
+
+    def binding(self) -> dict[str, str]:
+        """The admin's credentials in the layout of the Service Binding specification; the service has been started.
+
+        https://servicebinding.io/spec/core/1.1.0/
+        """
+        login = {"username": self.admin.username, "password": self.admin.password} if self.is_secure else {}
+        trust = {"certificates": self.authority.read_text()} if self.authority else {}
+        return {"type": self.kind, "provider": "phoenix-lab", **login, **trust, **self._binding()}
+
+    @abstractmethod
     def _prepare(self) -> None:
         """Write configuration and empty data below `folder`, before the first start."""
 
@@ -78,6 +91,13 @@ class Service(ABC):
     def authority(self) -> Path | None:
         """The file with the authority's certificate (PEM), that clients trust; None without TLS."""
         return self._pki / "ca.crt" if self.is_secure else None
+
+    def client_certificate(self, name: str) -> tuple[Path, Path]:
+        """The files (PEM) of a client's certificate and key, made once, for the name `name`; only with `is_secure`."""
+        files = self._pki / f"{name}.crt", self._pki / f"{name}.key"
+        if not files[0].exists():
+            certificates.make_certificate(self._pki, name, subject=f"/CN={name}", authority="ca")
+        return files
 
     @property
     def is_running(self) -> bool:
