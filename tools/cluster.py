@@ -176,24 +176,23 @@ def demo_bindings(kubectl: Kubectl) -> None:
     kubectl("apply", "-n", namespace, "-f", str(ROOT / "examples/fraud/model.yaml"))
     kubectl("wait", "--for=condition=Ready", "phx/fraud", "-n", namespace, "--timeout=180s")
     say(import_features(kubectl, namespace))
-    say(f"http://fraud.{namespace}.svc:8000 answers: {infer(kubectl, namespace, f'fraud.{namespace}.svc', 'fraud')}")
+    host = f"fraud.{namespace}.svc"
+    say(f"http://{host}:8000 answers: {infer(kubectl, namespace, host, 'fraud', example='fraud')}")
     say(f"the services' admins' credentials are in {root}")
 
 
 def import_features(kubectl: Kubectl, namespace: str) -> str:
     """Write the fraud example's features into Redis, from its pod and with its rights; return what was said."""
     features = (ROOT / "examples/fraud/features.csv").read_text()
-    program = (
-        "cat > /tmp/features.csv && phoenix-server features import /tmp/features.csv --manifest /etc/phoenix/manifests"
-    )
-    return kubectl(
-        "exec", "-i", "deployment/fraud", "-n", namespace, "--", "sh", "-c", program, stdin=features
-    ).strip()  # fmt: skip
+    file = "/tmp/features.csv"
+    program = f"cat > {file} && phoenix-server features import {file} --manifest /etc/phoenix/model"
+    words = ("exec", "-i", "deployment/fraud", "-n", namespace, "--", "sh", "-c", program)
+    return kubectl(*words, stdin=features).strip()
 
 
-def infer(kubectl: Kubectl, namespace: str, host: str, model: str = "iris") -> str:
-    """Infer from the client pod; return the answer's text."""
-    request = (ROOT / "examples" / model / "request.json").read_text()
+def infer(kubectl: Kubectl, namespace: str, host: str, model: str = "iris", *, example: str = "iris") -> str:
+    """Infer from the client pod with the request of an example; return the answer's text."""
+    request = (ROOT / "examples" / example / "request.json").read_text()
     program = (
         "import sys, urllib.request; "
         f"print(urllib.request.urlopen('http://{host}:8000/v2/models/{model}/infer', sys.stdin.buffer.read(), 10)"

@@ -1,4 +1,4 @@
-"""Features from the file beside the manifest: what it may look like, what is wrong with it, and that it is read again."""
+"""Features from the file beside the manifest: what it may look like, what is wrong in it, and that it is read again."""
 
 import asyncio
 import json
