@@ -135,7 +135,9 @@ class Recording:
         topic = self._settings.audit_heads_topic
         if topic is not None and self._events is not None:
             document = {"kind": "audit-chain-head", "time": time.time(), **fields}
-            event = Event(f"{head.writer}-{head.sequence}", topic, head.writer.encode(), json.dumps(document).encode())
+            event = Event(
+                f"{head.writer}-{head.sequence}", topic, head.writer.encode(), json.dumps(document).encode()
+            )
             task = asyncio.create_task(self._deliver_head(self._events, event))
             self._heads.add(task)
             task.add_done_callback(self._heads.discard)

@@ -55,9 +55,7 @@ def verify(settings: Settings, heads: list[Head]) -> int:
                 else:
                     broken += 1
                     fault = verdict.fault
-                    print(
-                        f"{verdict.writer}  {verdict.rows} rows  BROKEN at row {fault.writer}-{fault.sequence}: {fault.text}"
-                    )
+                    print(f"{verdict.writer}  {verdict.rows} rows  BROKEN at row {fault.writer}-{fault.sequence}: {fault.text}")
     except DatabaseError as error:
         return _cannot(error.message)
     print(f"{chains} chains, {total} rows verified, {broken} broken")
@@ -110,3 +108,5 @@ def _known(link: Link) -> None:
 def _cannot(text: str) -> int:
     print(text, file=sys.stderr)
     return CANNOT_LOOK
+
+

@@ -133,9 +133,7 @@ def _become_owner(connection: Connection, database: Database) -> str | None:
     quote = connection.dialect.identifier_preparer.quote_identifier
     if row is None:
         if schema is None:
-            raise DatabaseError(
-                f"{database.place}: the login's search_path names no schema; set PHOENIX_DATABASE_SCHEMA"
-            )
+            raise DatabaseError(f"{database.place}: the login's search_path names no schema; set PHOENIX_DATABASE_SCHEMA")
         connection.execute(text(f"CREATE SCHEMA {quote(schema)}"))
         return None
     login, owner, may = row

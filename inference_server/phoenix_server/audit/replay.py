@@ -92,6 +92,7 @@ class Replay:
 
     async def _load(self, row: AuditRow, facts: ModelFacts | None) -> Engine:
 
+
         if facts is None:
             raise ModelLoadError(
                 Reason.NOT_FOUND, f"the table models has no {row.model} version {row.version} with digest {row.digest}"

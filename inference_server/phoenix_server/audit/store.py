@@ -59,9 +59,7 @@ class Store:
             if self.database.is_sqlite:
                 with connection.begin():
                     if rows:
-                        connection.execute(
-                            insert(self._tables.predictions), [_as_values(row.row, row.hash) for row in rows]
-                        )
+                        connection.execute(insert(self._tables.predictions), [_as_values(row.row, row.hash) for row in rows])
                     if events:
                         connection.execute(insert(self._tables.outbox), [_event_values(e, rows) for e in events])
                 return

@@ -93,9 +93,7 @@ class Writer:
         if len(self._durable) >= self._settings.audit_queue_rows:
             raise self._unavailable("too many predictions wait for it")
         if record.event is not None and self.is_outbox_full:
-            raise self._unavailable(
-                f"the outbox holds {self._settings.audit_outbox_rows} events that are not delivered"
-            )
+            raise self._unavailable(f"the outbox holds {self._settings.audit_outbox_rows} events that are not delivered")
         record.answered = self._loop.create_future()
         record.deadline_s = time.monotonic() + self._settings.audit_deadline_seconds
         self._durable.add(record)
