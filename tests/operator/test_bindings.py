@@ -340,7 +340,7 @@ OWN: Object = {"bindings": {"redis": {"secretRef": {"name": "mine"}}}}
     ("content", "words"),
     [
         (None, "Secret mine does not exist"),
-        ({"host": "x"}, "it has no key uri"),
+        ({"port": "6379"}, "it has no key uri or host"),
         ({"type": "kafka", "uri": "redis://x"}, "its key type should be redis"),
     ],
 )
@@ -664,7 +664,7 @@ def test_rights_that_are_missing_are_a_condition() -> None:
         world.create(**REDIS)
         await world.reconcile()
         assert world.condition("BindingsReady")[0] == "False"
-        assert "manifests --bindings" in world.condition("BindingsReady")[2]
+        assert "manifests FOLDER --bindings" in world.condition("BindingsReady")[2]
 
     asyncio.run(main())
 
