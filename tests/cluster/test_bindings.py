@@ -121,7 +121,7 @@ def test_manifest_of_the_laptop_is_provisioned_and_served_with_everything_it_ask
 
     schema = given["postgresql"]["schema"]
     with postgres_connect(admin["postgresql"], tmp_path) as connection:
-        rows = connection.execute(f"SELECT request_id, outcome FROM {schema}.predictions").fetchall()
+        rows = connection.execute(f'SELECT request_id, outcome FROM "{schema}".predictions').fetchall()
     assert (answer["id"], "ok") in rows
     events = [json.loads(record.value()) for record in records(admin["kafka"], topics["predictions"], "events", 1)]
     assert answer["id"] in {event.get("request_id") for event in events}
@@ -163,7 +163,7 @@ def test_credentials_of_one_model_open_nothing_of_another(
     with postgres_connect(own["postgresql"], tmp_path) as connection:
         assert connection.execute("SELECT count(*) FROM predictions").fetchone() is not None
         for denied in (
-            f"SELECT * FROM {foreign['postgresql']['schema']}.predictions",
+            f'SELECT * FROM "{foreign["postgresql"]["schema"]}".predictions',
             "DELETE FROM predictions",
             "UPDATE predictions SET outcome = 'changed'",
         ):
