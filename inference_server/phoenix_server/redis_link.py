@@ -74,7 +74,7 @@ class Fields:
 class Commands:
     """Commands that leave together: RESP, how many they are, and the elements of each reply (0: one line)."""
 
-    payload: bytes
+    payload: bytes = field(repr=False)  # may hold a login
     count: int
     width: int
 
@@ -297,7 +297,7 @@ class RedisLink:
                 self._connection = connection
                 self._attempt.set()
                 cause = await self._watch(connection)
-                _log.info("connection to Redis lost", extra={"cause": cause})
+                _log.debug("connection to Redis lost", extra={"cause": cause})
                 if connection.is_late:
                     self._give_up(cause)
                 elif connection.is_useful or loop.time() - started > _STABLE_S:
@@ -351,7 +351,7 @@ class RedisLink:
     async def _expect_ok(self, connection: _Connection, words: tuple[Any, ...], what: str) -> None:
         (reply,) = await connection.ask(Commands(hiredis.pack_command(words), 1, _STATUS))
         if not isinstance(reply, bytes):
-            raise RedisUnavailable(f"Redis refuses {what}: {str(reply)[:200]}")
+            raise RedisUnavailable(f"Redis refuses {what}: {self._address.without_password(str(reply))[:200]}")
 
     async def _try(self, connection: _Connection) -> None:
         """Ask the probe, and tell the state what came."""
