@@ -1,6 +1,8 @@
 """`phoenix-server features import`: what is written, what is refused with line and column, and that Redis may fail."""
 
+import contextlib
 import os
+import pty
 import subprocess
 import sys
 import time
@@ -230,6 +232,33 @@ def test_a_login_that_may_not_write_is_told(folder: Path, secure_redis: RedisSer
     assert done.returncode == NO_REDIS
     assert "hdel" in done.stderr.lower() or "hset" in done.stderr.lower()
     assert "hunter2" not in untrusted.stderr + done.stderr
+
+
+def test_a_terminal_shows_progress(folder: Path, redis_server: RedisServer, tmp_path: Path) -> None:
+    file = tmp_path / "table.csv"
+    file.write_text("entity_id,a,b,c\n" + "".join(f"u{index},1,2,3\n" for index in range(5000)))
+    leader, follower = pty.openpty()
+    command = [sys.executable, "-m", "phoenix_server", "features", "import", str(file)]
+    with subprocess.Popen(
+        [*command, "--manifest", str(folder / "strict.yaml"), "--url", redis_server.url],
+        env={"PHOENIX_STATE_DIR": str(folder / "state"), "TERM": "xterm", "COLUMNS": "80"},
+        stdout=subprocess.PIPE,
+        stderr=follower,
+    ) as process:
+        os.close(follower)
+        shown = b""
+        # a pseudo-terminal ends with an error when nobody holds its other side
+        with contextlib.suppress(OSError):
+            while data := os.read(leader, 65_536):
+                shown += data
+        os.close(leader)
+        assert process.stdout is not None
+        told = process.stdout.read().decode()
+        assert process.wait(30) == 0, shown
+    redis_server.flush()
+    assert "5000 rows written" in told
+    assert b"checking" in shown
+    assert b"writing" in shown
 
 
 def test_the_command_line_says_what_it_lacks(folder: Path, redis_server: RedisServer, tmp_path: Path) -> None:

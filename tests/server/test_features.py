@@ -137,6 +137,15 @@ def test_grpc_requests_are_completed(server: Running, store: redis.Redis) -> Non
         assert error.value.status() == "StatusCode.INVALID_ARGUMENT"
 
 
+def test_every_series_is_there_from_the_start(server: Running) -> None:
+    page = get(server, "/metrics")[1]
+    for model in (*feature_models.MODELS, "alone"):
+        for reason in ("missing", "unparsable", "stale", "unavailable"):
+            assert f'phoenix_features_missing_total{{model="{model}",reason="{reason}",version="1"}}' in page
+        assert f'phoenix_binding_up{{kind="redis",model="{model}"}} 1.0' in page
+        assert f'feature_lookup_seconds_count{{model="{model}",version="1"}}' in page
+
+
 # --- what the caller sent --------------------------------------------------------------------------------------------
 
 
