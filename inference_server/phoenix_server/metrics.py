@@ -348,7 +348,9 @@ class Metrics:
 
     def _events(self) -> Iterator[Metric]:
         published = CounterMetricFamily(
-            "phoenix_events_published", "Events that the broker acknowledged, or that are in the file.", labels=["model"]
+            "phoenix_events_published",
+            "Events that the broker acknowledged, or that are in the file.",
+            labels=["model"],
         )
         dropped = CounterMetricFamily("phoenix_events_dropped", "Events that were lost.", labels=["model", "reason"])
         for model, counts in list(self.events.items()):
@@ -364,7 +366,9 @@ class Metrics:
                 "phoenix_async_results", "Results of asynchronous inference, committed.", labels=["model"]
             ),
             "dead_letters": CounterMetricFamily(
-                "phoenix_async_dead_letters", "Requests that could not be served, committed.", labels=["model", "reason"]
+                "phoenix_async_dead_letters",
+                "Requests that could not be served, committed.",
+                labels=["model", "reason"],
             ),
             "retries": CounterMetricFamily(
                 "phoenix_async_retries", "Inferences tried again after a fault that passes.", labels=["model"]
