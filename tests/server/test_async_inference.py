@@ -1,10 +1,11 @@
 """Asynchronous inference on a real Kafka: each request exactly one result, whatever is killed; poison never blocks."""
 
+import contextlib
 import json
 import threading
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -216,6 +217,13 @@ def has_grown(reader: Reader, by: int = 1) -> Callable[[], bool]:
     return lambda: len(reader.read()) >= before + by
 
 
+@contextlib.contextmanager
+def to_be_killed(folder: list[Path], settings: dict[str, str]) -> Iterator[phoenix_process.Running]:
+    """A server that the block kills."""
+    with pytest.raises(AssertionError, match="ended with -9"), phoenix_process.start(folder, settings) as server:
+        yield server
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_kills_of_the_server_lose_and_repeat_nothing(kafka_broker: KafkaBroker, tmp_path: Path) -> None:
@@ -225,10 +233,7 @@ def test_kills_of_the_server_lose_and_repeat_nothing(kafka_broker: KafkaBroker, 
     reader = Reader(kafka_broker, [topics.results, topics.dead_letters])
     with Load(kafka_broker, topics.requests) as load:
         for number in range(3):
-            with (
-                pytest.raises(AssertionError, match="ended with -9"),
-                phoenix_process.start(folder, settings) as server,
-            ):
+            with to_be_killed(folder, settings) as server:
                 wait_until(has_grown(reader), "results before the kill", RECOVERY_S)
                 time.sleep(0.01 * number)  # kills at different moments of a transaction
                 server.process.kill()
