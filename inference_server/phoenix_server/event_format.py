@@ -95,7 +95,7 @@ class EventFormat:
         if self._entity_parameter is None:
             return None
         value = prediction.request.parameters.get(self._entity_parameter)
-        return None if value is None else str(value)
+        return value if value is None or isinstance(value, str) else orjson.dumps(value).decode()
 
     def _tensor(self, name: str, array: Array) -> bytes:
         key = (name, array.dtype.char, array.shape)

@@ -19,7 +19,8 @@ from phoenix_server.served_model import ServedModel
 from phoenix_server.tensors import InferRequest
 
 _log = logging.getLogger(__name__)
-_FIRST_PAUSE_S = 0.05
+_SHORTEST_PAUSE_S = 0.005
+_PAUSE_OF_OVERLOAD_S = 0.05
 _LONGEST_PAUSE_S = 2.0
 # Requests at once, as a multiple of what shares a run: one run's rows gather while the other is under way.
 _RUNS_AHEAD = 4
@@ -35,43 +36,51 @@ class RecordAnswers:
 
     async def answer(self, records: Sequence[Record]) -> list[Reply]:
         """Return one reply for each record, in order; waits as long as faults that pass take to pass."""
-        replies: list[Reply | None] = [None] * len(records)
-        pending = list(range(len(records)))
-        for attempt in itertools.count():
-            await self._attempt(records, replies, pending, attempt)
-            pending = [index for index in pending if replies[index] is None]
-            if not pending:
-                break
-            self._counts.retries += len(pending)
-            await asyncio.sleep(min(_LONGEST_PAUSE_S, _FIRST_PAUSE_S * 2 ** min(attempt, 10)))
-        return [reply for reply in replies if reply is not None]
-
-    async def _attempt(
-        self, records: Sequence[Record], replies: list[Reply | None], pending: list[int], attempt: int
-    ) -> None:
-        """Put a reply for each of `pending` that can be answered or refused now."""
-        try:
-            model = self._plane.repository.get(self._model_name)
-        except PhoenixError:
-            return  # loading, or on its way out
-        left = iter(pending)
+        replies: dict[int, Reply] = {}
+        left = iter(range(len(records)))
+        model = await self._loaded()
 
         async def some() -> None:
             for index in left:
-                replies[index] = await self._reply(model, records[index], attempt)
+                replies[index] = await self._settled(records[index])
 
         # Half of the queue stays free for those who wait for an answer.
         most = min(_RUNS_AHEAD * model.max_batch_rows, max(1, model.spec.limits.max_queued_rows // 2))
         async with asyncio.TaskGroup() as group:
-            for _ in range(min(most, len(pending))):
+            for _ in range(min(most, len(records))):
                 group.create_task(some())
+        return [replies[index] for index in range(len(records))]
 
-    async def _reply(self, model: ServedModel, record: Record, attempt: int) -> Reply | None:
-        """Return the result or the dead letter; None for a fault that passes."""
+    async def _loaded(self) -> ServedModel:
+        """Return the model, once it is there."""
+        for attempt in itertools.count():
+            try:
+                return self._plane.repository.get(self._model_name)
+            except PhoenixError:
+                await self._pause(attempt, _LONGEST_PAUSE_S)
+        raise AssertionError
+
+    async def _settled(self, record: Record) -> Reply:
+        """Return the result or the dead letter of a record, once its faults have passed."""
+        for attempt in itertools.count():
+            reply = await self._reply(record, attempt)
+            if isinstance(reply, Reply):
+                return reply
+            # A full queue empties within a run or two; what is down or loading takes longer.
+            await self._pause(attempt, _PAUSE_OF_OVERLOAD_S if reply.code is Code.OVERLOADED else _LONGEST_PAUSE_S)
+        raise AssertionError
+
+    async def _pause(self, attempt: int, longest_s: float) -> None:
+        self._counts.retries += 1
+        await asyncio.sleep(min(longest_s, _SHORTEST_PAUSE_S * 2 ** min(attempt, 10)))
+
+    async def _reply(self, record: Record, attempt: int) -> Reply | PhoenixError:
+        """Return the result or the dead letter, or the fault that passes."""
+        model: ServedModel | None = None
         request: InferRequest | None = None
         rows = 0
         try:
-            self._plane.admit(self._model_name)
+            model = self._plane.admit(self._model_name)
             request, forms = await self._decode(record, model)
             response = await self._plane.infer(model, request)
             rows = response.rows
@@ -84,11 +93,12 @@ class RecordAnswers:
             failure = PhoenixError(Code.INTERNAL, f"internal error: {type(error).__name__}; the log has it")
         if failure is not None:
             if async_requests.passes(failure, request, attempt):
-                return None
+                return failure
             reply = async_requests.dead_letter(record, failure.code.value, failure.message)
         outcome = Outcome.OK if failure is None else failure.outcome
         sizes = (rows, len(record.value or b""), len(reply.value or b"") if failure is None else 0)
-        model.metrics.observe_record(outcome, sizes)
+        if model is not None:
+            model.metrics.observe_record(outcome, sizes)
         return reply
 
     @staticmethod
