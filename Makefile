@@ -40,11 +40,12 @@ check: $(RUN) ## Check the examples: manifest, digest, signature, provider, capa
 	  PHOENIX_MODEL_STORE="$${PHOENIX_MODEL_STORE:-$$store}" $(BIN)/phoenix-server check examples
 
 .PHONY: cluster
-cluster: ## A real Kubernetes with operator and the iris example on it (needs root on Debian, or PHOENIX_TEST_KUBECONFIG)
-	@$(PYTHON) tools/cluster.py
+cluster: ## A real Kubernetes with operator and example on it (root on Debian, or PHOENIX_TEST_KUBECONFIG); BINDINGS=1: services too
+	@$(PYTHON) tools/cluster.py $(if $(BINDINGS),--bindings)
 
 .PHONY: cluster-down
 cluster-down: ## Take it away
+	@PYTHONPATH=tools $(PYTHON) -m lab services down
 	@PYTHONPATH=tools $(PYTHON) -m lab down
 
 ##@ Develop
@@ -54,7 +55,11 @@ test: $(DEV) ## Run every test
 
 .PHONY: test-fast
 test-fast: $(DEV) ## Run the tests that take no more than seconds
-	$(BIN)/pytest -m "not slow and not cluster and not images"
+	$(BIN)/pytest -m "not slow and not cluster and not images and not services"
+
+.PHONY: test-services
+test-services: $(DEV) ## Run the tests on a real Redis, PostgreSQL and Kafka
+	PHOENIX_REQUIRE=services $(BIN)/pytest -m services
 
 .PHONY: test-cluster
 test-cluster: $(DEV) ## Run the tests on a real Kubernetes
@@ -105,6 +110,11 @@ bench: $(DEV) ## Measure speed and memory against a naive endpoint and raw onnxr
 bench-peers: $(DEV) ## The same with MLServer and KServe, each in its own environment
 	$(SYNC) --extra server --extra operator --group dev --group bench
 	$(BIN)/python benchmarks/peers.py $(BENCH_ARGS)
+
+.PHONY: bench-features
+bench-features: $(DEV) ## Measure what online features from a real Redis cost a request
+	$(SYNC) --extra server --extra operator --group dev --group bench
+	$(BIN)/python benchmarks/features_bench.py $(BENCH_ARGS)
 
 .PHONY: bench-operator
 bench-operator: $(DEV) ## Measure what 1,000 models cost the operator, on a real API server without nodes

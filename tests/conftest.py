@@ -2,5 +2,7 @@
 
 import pytest
 
+pytest_plugins = ["services"]
+
 # imported by tests in more than one folder; its assertions should explain themselves
 pytest.register_assert_rewrite("status_cases")

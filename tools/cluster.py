@@ -1,8 +1,9 @@
 """`make cluster`: Phoenix on a real Kubernetes, from images built here, with the rights of its own install manifests.
 
 Brings the lab up (or uses the cluster that PHOENIX_TEST_KUBECONFIG names), loads the images, applies
-`operator/manifests/cluster`, serves `examples/iris`, infers from another pod, and prints what to type next. The cluster
-tests install Phoenix with the same functions. Standard library only.
+`operator/manifests/cluster`, serves `examples/iris`, infers from another pod, and prints what to type next. With
+`--bindings` it starts Redis, PostgreSQL and Kafka beside the cluster, behind TLS and logins, tells the operator of them
+and serves `examples/fraud` too. The cluster tests install Phoenix with the same functions. Standard library only.
 """
 
 import argparse
@@ -13,7 +14,7 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -97,8 +98,44 @@ def up() -> Kubectl:
 def install(kubectl: Kubectl) -> None:
     """Apply the operator's manifests and wait for it; running pods take up an image that was built again."""
     say("installing the operator")
-    kubectl("apply", "--server-side", "--force-conflicts", "-k", str(MANIFESTS))
+    apply_manifests(kubectl)
     restart_operator(kubectl, image_id(images()[1]))
+
+
+def apply_manifests(kubectl: Kubectl) -> None:
+    """Apply the operator's manifests: it may provision nothing then."""
+    kubectl("apply", "--server-side", "--force-conflicts", "-k", str(MANIFESTS))
+
+
+def allow_bindings(kubectl: Kubectl, secrets: Sequence[str]) -> None:
+    """Apply the operator's manifests with the rights that bindings need, as the operator itself prints them."""
+    words = f"phoenix-operator manifests /tmp/manifests --bindings {','.join(secrets)} >&2"
+    operator = ("exec", "deployment/phoenix-operator", "-n", OPERATOR_NAMESPACE, "--", "sh", "-c")
+    text = kubectl(*operator, f"{words} && cat /tmp/manifests/operator.yaml")
+    kubectl("apply", "--server-side", "--force-conflicts", "-f", "-", stdin=text)
+
+
+def services(kubectl: Kubectl) -> tuple[Path, dict[str, object]]:
+    """Start Redis, PostgreSQL and Kafka beside the cluster, behind TLS and logins, for the operator to use.
+
+    Returns the folder with the same credentials (a SERVICE_BINDING_ROOT), for whoever looks into the services, and the
+    part of the operator's settings that names them.
+    """
+    root = Path(lab("services", "up", "--for-pods").splitlines()[-1])
+    # server-side: kubectl would keep a copy of the passwords in an annotation
+    kubectl("apply", "--server-side", "--force-conflicts", "-f", str(root.parent / "secrets.json"))
+    settings = json.loads((root.parent / "settings.json").read_text())
+    allow_bindings(kubectl, [backend["adminSecretRef"]["name"] for backend in settings["backends"]])
+    return root, settings
+
+
+def configure(kubectl: Kubectl, settings: Mapping[str, object]) -> None:
+    """Give the operator these settings and wait until it runs with them."""
+    text = json.dumps(settings, indent=1)  # which is YAML too
+    where = ("-n", OPERATOR_NAMESPACE)
+    body = {"data": {"settings.yaml": text}}
+    kubectl("patch", "configmap", "phoenix-operator-settings", *where, "--type=merge", "-p", json.dumps(body))
+    restart_operator(kubectl, f"{image_id(images()[1])} {text}")
 
 
 def restart_operator(kubectl: Kubectl, why: str) -> None:
@@ -160,9 +197,32 @@ def demo(kubectl: Kubectl) -> None:
         say(f"http://{host}:8000 answers: {infer(kubectl, namespace, host)}")
 
 
-def infer(kubectl: Kubectl, namespace: str, host: str, model: str = "iris") -> str:
-    """Infer from the client pod; return the answer's text."""
-    request = (ROOT / "examples/iris/request.json").read_text()
+def demo_bindings(kubectl: Kubectl) -> None:
+    """Serve the fraud example on the services beside the cluster, fill its features in, and infer."""
+    namespace = EXAMPLE_NAMESPACE
+    root, settings = services(kubectl)
+    configure(kubectl, settings)
+    say("serving examples/fraud")
+    kubectl("apply", "-n", namespace, "-f", str(ROOT / "examples/fraud/model.yaml"))
+    kubectl("wait", "--for=condition=Ready", "phx/fraud", "-n", namespace, "--timeout=180s")
+    say(import_features(kubectl, namespace))
+    host = f"fraud.{namespace}.svc"
+    say(f"http://{host}:8000 answers: {infer(kubectl, namespace, host, 'fraud', example='fraud')}")
+    say(f"the services' admins' credentials are in {root}")
+
+
+def import_features(kubectl: Kubectl, namespace: str) -> str:
+    """Write the fraud example's features into Redis, from its pod and with its rights; return what was said."""
+    features = (ROOT / "examples/fraud/features.csv").read_text()
+    file = "/tmp/features.csv"
+    program = f"cat > {file} && phoenix-server features import {file} --manifest /etc/phoenix/model"
+    words = ("exec", "-i", "deployment/fraud", "-n", namespace, "--", "sh", "-c", program)
+    return kubectl(*words, stdin=features).strip()
+
+
+def infer(kubectl: Kubectl, namespace: str, host: str, model: str = "iris", *, example: str = "iris") -> str:
+    """Infer from the client pod with the request of an example; return the answer's text."""
+    request = (ROOT / "examples" / example / "request.json").read_text()
     program = (
         "import sys, urllib.request; "
         f"print(urllib.request.urlopen('http://{host}:8000/v2/models/{model}/infer', sys.stdin.buffer.read(), 10)"
@@ -173,10 +233,14 @@ def infer(kubectl: Kubectl, namespace: str, host: str, model: str = "iris") -> s
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Bring everything up, show that it works, and say what can be typed next."""
-    argparse.ArgumentParser(description=__doc__).parse_args(arguments)
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--bindings", action="store_true", help="Redis, PostgreSQL and Kafka too, and examples/fraud")
+    options = parser.parse_args(arguments)
     try:
         kubectl = up()
         demo(kubectl)
+        if options.bindings:
+            demo_bindings(kubectl)
     except subprocess.CalledProcessError as error:
         say(f"failed: {' '.join(map(str, error.cmd))}\n{error.stderr or ''}")
         return 1

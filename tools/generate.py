@@ -85,9 +85,12 @@ def _condition_reasons() -> str:
 
 
 def _metrics() -> str:
-    from phoenix_server.metrics import Metrics
+    from phoenix_server.metrics import EventCounts, Metrics, RequestCounts
 
     metrics = Metrics()
+    metrics.events["model"] = EventCounts()
+    metrics.async_requests["model"] = counts = RequestCounts()
+    counts.dead_letters["invalid"], counts.lag_records = 1, 0
     metrics.model("model", "1", slo_s=0.2)
     metrics.reject("rest", "not_found")
     rows = []
@@ -101,6 +104,14 @@ def _metrics() -> str:
         "loads; warm-up and capacity runs are not counted.\n\n"
         "| metric | type | labels | meaning |\n|---|---|---|---|\n" + "".join(rows)
     )
+
+
+def _event_schema() -> str:
+    import json
+
+    from phoenix_server.event_format import schema
+
+    return json.dumps(schema(), indent=2) + "\n"
 
 
 def _openapi() -> str:
@@ -140,6 +151,7 @@ FILES: dict[str, Callable[[], str]] = {
     "docs/reference/reasons.md": _reasons,
     "docs/reference/metrics.md": _metrics,
     "docs/reference/openapi.json": _openapi,
+    "docs/reference/event.schema.json": _event_schema,
     "docs/reference/operator-settings.md": _operator("settings_page"),
     "docs/reference/operator-metrics.md": _operator("metrics_page"),
     "docs/reasons/README.md": _condition_reasons,

@@ -23,10 +23,13 @@ from phoenix_server.auth import ApiKeys
 from phoenix_server.dataplane import DataPlane
 from phoenix_server.engine import intra_op_threads
 from phoenix_server.errors import ModelLoadError, StartError
+from phoenix_server.events import Events
+from phoenix_server.features import Features
 from phoenix_server.hotpath import AsgiApp, HotPath, InferEndpoint
 from phoenix_server.http_server import HttpServer
 from phoenix_server.logs import LogSettings
 from phoenix_server.metrics import Metrics
+from phoenix_server.recording import Recording
 from phoenix_server.repository import Repository
 from phoenix_server.settings import Settings, load_settings
 from phoenix_server.tracing import tracer_from_environment
@@ -55,11 +58,15 @@ async def running(settings: Settings, manifests: Iterable[Manifest], paths: list
         metrics = Metrics()
         keys = ApiKeys(settings.api_keys_file) if settings.api_keys_file else None
         log_settings = LogSettings()
-        repository = Repository(settings, metrics, new_store(settings))
+        features = await stack.enter_async_context(Features(settings, metrics))
+        repository = Repository(settings, metrics, new_store(settings), features)
         tracer = tracer_from_environment()
         if tracer is not None:
             stack.callback(tracer.close)
-        plane = DataPlane(repository, metrics, tracer=tracer, is_access_logged=settings.access_log)
+        events = await stack.enter_async_context(Events(settings, metrics))
+        recording = await stack.enter_async_context(Recording(settings, metrics, events))
+        repository.followers += [events.follow, recording.follow]
+        plane = DataPlane(repository, metrics, recorder=recording, tracer=tracer, is_access_logged=settings.access_log)
 
         decoders = ThreadPoolExecutor(intra_op_threads(0, settings.cpus), thread_name_prefix="decode")
         stack.callback(decoders.shutdown, wait=False, cancel_futures=True)
@@ -85,6 +92,10 @@ async def running(settings: Settings, manifests: Iterable[Manifest], paths: list
         stack.push_async_callback(grpc.stop, settings.shutdown_seconds)
 
         await repository.start(manifests)
+        if settings.kafka_bootstrap_servers is not None:
+            from phoenix_server.async_inference import AsyncInference
+
+            await stack.enter_async_context(AsyncInference(settings, plane, metrics))
         if settings.watch and paths:
             watcher = asyncio.create_task(repository.watch(paths))
             stack.push_async_callback(_cancel, watcher)

@@ -9,6 +9,7 @@ from phoenix_api import Manifest
 from phoenix_server.app import new_store
 from phoenix_server.artifacts import Progress
 from phoenix_server.errors import ModelLoadError, Reason
+from phoenix_server.features import Features
 from phoenix_server.metrics import Metrics
 from phoenix_server.repository import Repository
 from phoenix_server.served_model import ServedModel
@@ -24,7 +25,8 @@ def check(settings: Settings, manifests: Iterable[Manifest]) -> int:
 async def _check(settings: Settings, manifests: Iterable[Manifest]) -> int:
     logging.getLogger("phoenix_server.repository").setLevel(logging.CRITICAL)  # printed here instead
     quiet = settings.model_copy(update={"measure_capacity": False})
-    repository = Repository(quiet, Metrics(), new_store(settings, _print_progress))
+    metrics = Metrics()
+    repository = Repository(quiet, metrics, new_store(settings, _print_progress), Features(settings, metrics))
     failures: list[Reason] = []
     for manifest in manifests:
         name, version = manifest.model.metadata.name, manifest.model.spec.model.version

@@ -82,8 +82,8 @@ def _decode(document: Mapping[str, Any], blob: Blob | None, may_hold_bool: bool)
     faults: list[str] = []
     inputs: dict[str, Array] = {}
     items = document.get("inputs")
-    if not isinstance(items, list) or not items:
-        raise invalid(f"'inputs' must be a non-empty list of tensors, got {_kind(items)}")
+    if not isinstance(items, list):
+        raise invalid(f"'inputs' must be a list of tensors, got {_kind(items)}")
     for index, item in enumerate(items):
         try:
             name, array = _decode_input(item, index, blob, may_hold_bool)
@@ -95,7 +95,8 @@ def _decode(document: Mapping[str, Any], blob: Blob | None, may_hold_bool: bool)
         if name in inputs:
             faults.append(f"input '{name}' is given twice")
         inputs[name] = array
-    parameters = _parameters(document.get("parameters"), "the request", faults)
+    scalars, listed = _lists_as_text(document.get("parameters"))
+    parameters = _parameters(scalars, "the request", faults)
     forms = OutputForms(is_binary=_flag(parameters.pop("binary_data_output", False), "binary_data_output", faults))
     outputs = _decode_outputs(document.get("outputs"), forms, faults)
     request_id = document.get("id")
@@ -105,7 +106,7 @@ def _decode(document: Mapping[str, Any], blob: Blob | None, may_hold_bool: bool)
     timeout_us = _timeout_us(parameters.get("timeout", 0), faults)
     if faults:
         raise invalid("; ".join(faults))
-    return InferRequest(inputs, outputs, request_id, parameters, timeout_us), forms
+    return InferRequest(inputs, outputs, request_id, parameters, timeout_us, listed), forms
 
 
 def encode(response: InferResponse) -> bytes:
@@ -338,6 +339,14 @@ def _parameters(value: Any, where: str, faults: list[str]) -> dict[str, Paramete
     if wrong:
         faults.append(f"{where}: parameters must be strings, numbers or booleans; wrong: {', '.join(wrong)}")
     return {key: item for key, item in value.items() if isinstance(item, str | int | float)}
+
+
+def _lists_as_text(parameters: Any) -> tuple[Any, tuple[str, ...]]:
+    """Return a request's parameters with lists as their JSON text, and the names of those; see `InferRequest`."""
+    if not isinstance(parameters, dict) or list not in set(map(type, parameters.values())):
+        return parameters, ()
+    listed = tuple(name for name, value in parameters.items() if type(value) is list)
+    return parameters | {name: orjson.dumps(parameters[name]).decode() for name in listed}, listed
 
 
 def _unserved(parameters: Mapping[str, Any]) -> str | None:

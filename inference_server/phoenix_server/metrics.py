@@ -15,10 +15,14 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.exposition import choose_encoder
 
+from phoenix_server.binding_state import BindingState
 from phoenix_server.errors import Outcome
 
-Protocol = Literal["rest", "grpc"]
-PROTOCOLS: tuple[Protocol, ...] = ("rest", "grpc")
+Protocol = Literal["rest", "grpc", "kafka"]
+PROTOCOLS: tuple[Protocol, ...] = ("rest", "grpc", "kafka")
+# Why an event was lost: the queue or the client's buffer was full; larger than the broker takes; not allowed; no such
+# topic; not delivered in time; still waiting when the process ended; the file could not be written; anything else.
+EVENT_LOSSES = ("queue_full", "too_large", "denied", "no_topic", "timeout", "shutdown", "file", "failed")
 # 0.5 ms … 10 s, about 1-2-5 with the steps between that a p95 needs.
 LATENCY_BOUNDS_S = (
     0.0005, 0.001, 0.0015, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.05,
@@ -27,6 +31,8 @@ LATENCY_BOUNDS_S = (
 # Multiples of the SLO that make both zones of the autoscaling rule exact.
 _SLO_MULTIPLES = (0.5, 0.7, 0.85, 1.0, 1.25, 1.5, 2.0, 4.0)
 _STAGE_BOUNDS_S = (0.00001, 0.00005, 0.0001, 0.00025, 0.0005, *LATENCY_BOUNDS_S[1:])
+# Why a prediction was not recorded: the queue was full, the database refused the row, the process ended first.
+AUDIT_LOSSES = ("queue_full", "refused", "shutdown")
 _ROWS_BOUNDS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0)
 
 
@@ -34,6 +40,10 @@ def latency_bounds_s(slo_s: float | None) -> tuple[float, ...]:
     """Return the latency buckets for a model with that SLO in seconds, or without one."""
     own = () if slo_s is None else tuple(round(slo_s * multiple, 9) for multiple in _SLO_MULTIPLES)
     return tuple(sorted({*LATENCY_BOUNDS_S, *own}))
+
+
+# Why rows had not all their features, or not fresh ones: labels of phoenix_features_missing_total.
+FEATURES_MISSING = ("missing", "unparsable", "stale", "unavailable")
 
 
 class Histogram:
@@ -97,6 +107,26 @@ class Tally:
     response_bytes: int = 0
 
 
+class EventCounts:
+    """What became of a model's events. Each number is written by one thread only, so no lock is needed."""
+
+    def __init__(self) -> None:
+        self.published = 0
+        self.dropped = dict.fromkeys(EVENT_LOSSES, 0)
+
+
+class RequestCounts:
+    """What became of a model's requests over Kafka. Each number is written by one thread only."""
+
+    def __init__(self) -> None:
+        self.results = 0
+        self.dead_letters: dict[str, int] = {}
+        self.retries = 0
+        self.transactions = {"committed": 0, "failed": 0}
+        self.producers_abandoned = 0
+        self.lag_records: int | None = None
+
+
 class ModelMetrics:
     """All numbers of one model version. Written on the event loop only, so no lock is needed."""
 
@@ -110,6 +140,7 @@ class ModelMetrics:
         self.compute = Histogram(_STAGE_BOUNDS_S)
         self.batch_rows = Histogram(_ROWS_BOUNDS)
         self.feature_lookup = Histogram(_STAGE_BOUNDS_S)
+        self.features_missing = dict.fromkeys(FEATURES_MISSING, 0)
         self.inflight = 0
         self.queued_rows: Callable[[], int] = lambda: 0
         self.provider = ""
@@ -135,6 +166,15 @@ class ModelMetrics:
         if outcome is Outcome.OK:
             self.last_inference_ms = time.time_ns() // 1_000_000
             self.inference_count += rows
+
+    def observe_record(self, outcome: Outcome, sizes: tuple[int, int, int]) -> None:
+        """Count one request that came over Kafka. Its latency is left out: a backlog must not count against the SLO."""
+        tally = self.tallies[outcome, "kafka"]
+        rows, request_bytes, response_bytes = sizes
+        tally.requests += 1
+        tally.rows += rows
+        tally.request_bytes += request_bytes
+        tally.response_bytes += response_bytes
 
     def observe_batch(self, rows: int, requests: int, stages_ns: tuple[int, int, int]) -> None:
         """Count one run of the model. `stages_ns`: gathering inputs, computing, splitting outputs."""
@@ -172,6 +212,42 @@ class ModelMetrics:
         }
 
 
+class AuditMetrics:
+    """The numbers of the audit, which one writer of the process keeps for all models."""
+
+    def __init__(self) -> None:
+        self.rows = 0
+        self.dropped = dict.fromkeys(AUDIT_LOSSES, 0)
+        self.commit = Histogram(_STAGE_BOUNDS_S)
+        self.queue_rows: Callable[[], int] = lambda: 0
+        self.chain_length = 0
+        self.outbox_rows = 0
+        self.delivered = 0
+
+    def collect(self) -> Iterator[Metric]:
+        """Yield the families."""
+        yield CounterMetricFamily("phoenix_audit_rows", "Predictions committed to the audit.", value=self.rows)
+        dropped = CounterMetricFamily(
+            "phoenix_audit_dropped", "Predictions that `BestEffort` lost, and why.", labels=["reason"]
+        )
+        for reason, count in self.dropped.items():
+            dropped.add_metric([reason], count)
+        yield dropped
+        commit = HistogramMetricFamily("phoenix_audit_commit_seconds", "Time of one transaction of the audit.")
+        commit.add_metric([], self.commit.buckets(), self.commit.sum)
+        yield commit
+        for name, text, value in (
+            ("phoenix_audit_queue_rows", "Predictions that wait to be written.", self.queue_rows()),
+            ("phoenix_audit_chain_length", "Rows in this process's hash chain.", self.chain_length),
+            ("phoenix_audit_outbox_rows", "Events that wait in the outbox.", self.outbox_rows),
+        ):
+            yield GaugeMetricFamily(name, text, value=value)
+        yield CounterMetricFamily(
+            "phoenix_audit_events_delivered", "Events that this process took from the outbox and delivered.",
+            value=self.delivered,
+        )  # fmt: skip
+
+
 class Metrics:
     """The server's metrics: one `ModelMetrics` per loaded version, exposed through one registry."""
 
@@ -179,6 +255,10 @@ class Metrics:
         self.registry = registry or CollectorRegistry()
         self.models: dict[tuple[str, str], ModelMetrics] = {}
         self.rejected: dict[tuple[str, str], int] = {}
+        self.bindings: list[BindingState] = []
+        self.audit = AuditMetrics()
+        self.events: dict[str, EventCounts] = {}
+        self.async_requests: dict[str, RequestCounts] = {}
         self.started_s = time.time()
         self.registry.register(self)
 
@@ -192,6 +272,9 @@ class Metrics:
     def forget(self, name: str, version: str) -> None:
         """Drop the series of a version that is gone."""
         self.models.pop((name, version), None)
+        if not any(model == name for model, _ in self.models):
+            for binding in self.bindings:
+                binding.models.discard(name)
 
     def reject(self, protocol: Protocol, code: str) -> None:
         """Count a request that was refused before it reached a model."""
@@ -208,6 +291,15 @@ class Metrics:
         models = list(self.models.values())
         yield from self._histograms(models, by_model)
         yield from self._tallies(models, by_model)
+        missing = CounterMetricFamily(
+            "phoenix_features_missing",
+            "Rows whose features were missing, unparsable, stale or unavailable.",
+            labels=[*by_model, "reason"],
+        )
+        for model in models:
+            for reason, count in model.features_missing.items():
+                missing.add_metric([*model.labels, reason], count)
+        yield missing
         gauges: tuple[tuple[str, str, Callable[[ModelMetrics], float | None]], ...] = (
             ("inference_inflight_requests", "Requests received and not yet answered.", lambda m: m.inflight),
             ("inference_queued_rows", "Rows that wait for a run.", lambda m: m.queued_rows()),
@@ -232,6 +324,17 @@ class Metrics:
         for model in models:
             info.add_metric([*model.labels, model.provider, model.digest], 1)
         yield info
+        up = GaugeMetricFamily(
+            "phoenix_binding_up", "Whether the backend service answers this process.", labels=["model", "kind"]
+        )
+        for binding in self.bindings:
+            if binding.is_up is not None:
+                for name in sorted(binding.models):
+                    up.add_metric([name, binding.kind], binding.is_up)
+        yield up
+        yield from self.audit.collect()
+        yield from self._events()
+        yield from self._async_requests()
         rejected = CounterMetricFamily(
             "phoenix_requests_rejected", "Requests refused before they reached a model.", labels=["protocol", "code"]
         )
@@ -242,6 +345,53 @@ class Metrics:
             "process_start_time_seconds", "Start time of the process since the epoch.", value=self.started_s
         )
         yield CounterMetricFamily("process_cpu_seconds", "User and system CPU time.", value=time.process_time())
+
+    def _events(self) -> Iterator[Metric]:
+        published = CounterMetricFamily(
+            "phoenix_events_published",
+            "Events that the broker acknowledged, or that are in the file.",
+            labels=["model"],
+        )
+        dropped = CounterMetricFamily("phoenix_events_dropped", "Events that were lost.", labels=["model", "reason"])
+        for model, counts in list(self.events.items()):
+            published.add_metric([model], counts.published)
+            for reason, count in counts.dropped.items():
+                dropped.add_metric([model, reason], count)
+        yield published
+        yield dropped
+
+    def _async_requests(self) -> Iterator[Metric]:
+        by_model = list(self.async_requests.items())
+        counters: tuple[tuple[str, str, str, Callable[[RequestCounts], dict[str, int]]], ...] = (
+            ("phoenix_async_results", "Results of asynchronous inference, committed.", "", lambda c: {"": c.results}),
+            ("phoenix_async_dead_letters", "Requests that could not be served.", "reason", lambda c: c.dead_letters),
+            (
+                "phoenix_async_retries",
+                "Inferences to try again after a fault that passes.",
+                "",
+                lambda c: {"": c.retries},
+            ),
+            ("phoenix_async_transactions", "Transactions, by how they ended.", "outcome", lambda c: c.transactions),
+            (
+                "phoenix_async_producers_abandoned",
+                "Producers given up because a call outlasted its deadline.",
+                "",
+                lambda c: {"": c.producers_abandoned},
+            ),
+        )
+        for name, text, label, numbers in counters:
+            family = CounterMetricFamily(name, text, labels=["model", label] if label else ["model"])
+            for model, counts in by_model:
+                for value, count in list(numbers(counts).items()):
+                    family.add_metric([model, value] if label else [model], count)
+            yield family
+        lag = GaugeMetricFamily(
+            "phoenix_async_lag_records", "Requests in this process's partitions not yet answered.", labels=["model"]
+        )
+        for model, counts in by_model:
+            if counts.lag_records is not None:
+                lag.add_metric([model], counts.lag_records)
+        yield lag
 
     @staticmethod
     def _histograms(models: list[ModelMetrics], by_model: list[str]) -> Iterator[Metric]:

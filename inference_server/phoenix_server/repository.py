@@ -7,7 +7,7 @@ and takes over in one assignment; whatever fails, what served before goes on ser
 import asyncio
 import contextlib
 import logging
-from collections.abc import Coroutine, Iterable, Iterator
+from collections.abc import Callable, Coroutine, Iterable, Iterator
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -15,6 +15,7 @@ from pathlib import Path
 from phoenix_api import Manifest, ManifestError, manifest_files, read_manifests
 from phoenix_server.artifacts import ArtifactStore
 from phoenix_server.errors import Code, ModelLoadError, PhoenixError, Reason
+from phoenix_server.features import Features
 from phoenix_server.metrics import Metrics
 from phoenix_server.served_model import Loader, ServedModel, stamps_of
 from phoenix_server.settings import Settings
@@ -50,16 +51,21 @@ class _Slot:
 class Repository:
     """All declared models. Lives on one event loop; loading happens in threads."""
 
-    def __init__(self, settings: Settings, metrics: Metrics, store: ArtifactStore) -> None:
+    def __init__(
+        self, settings: Settings, metrics: Metrics, store: ArtifactStore, features: Features | None = None
+    ) -> None:
+        """`features` completes the requests of models that ask for it; None: such models are refused."""
         self._settings = settings
         self._metrics = metrics
-        self._loader = Loader(settings, metrics, store)
+        self._loader = Loader(settings, metrics, store, features)
         self._slots: dict[_Key, _Slot] = {}
         # (name, version) and (name, "") -> what answers; the one look-up of the hot path.
         self._answering: dict[_Key, ServedModel] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._is_started = False
         self.is_draining = False
+        # Each is called on the event loop with everything that is loaded, whenever that has changed.
+        self.followers: list[Callable[[list[ServedModel]], None]] = []
 
     # --- what requests ask -----------------------------------------------------------------------------------
 
@@ -264,6 +270,8 @@ class Repository:
             if slot.served is not None:
                 answering[name, version] = answering[name, ""] = slot.served
         self._answering = answering
+        for follower in self.followers:
+            follower(self.served())
 
     async def _measure_when_quiet(self, model: ServedModel) -> None:
         """Measure capacity while no request is in flight; start again later when one comes."""

@@ -5,6 +5,8 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field
 
 Parameters = dict[str, str | int | float | bool]
+# The parameter that names the entities of features may be a list.
+RequestParameters = dict[str, str | int | float | bool | list[str | int]]
 
 
 class _Body(BaseModel):
@@ -90,8 +92,8 @@ class InferRequestBody(_Body):
     """An inference request. No `outputs`: all of them."""
 
     id: str | None = None
-    parameters: Parameters | None = None
-    inputs: list[InferInput] = Field(min_length=1)
+    parameters: RequestParameters | None = None
+    inputs: list[InferInput] = Field(description="Empty where features fill the model's only input.")
     outputs: list[InferRequestedOutput] | None = None
 
 

@@ -17,6 +17,7 @@ from phoenix_server.batching import Batcher
 from phoenix_server.capacity import Capacity
 from phoenix_server.engine import Engine, EngineOptions, ModelFile, Runner
 from phoenix_server.errors import ModelLoadError, Reason
+from phoenix_server.features import Features, ModelFeatures
 from phoenix_server.metrics import Metrics, ModelMetrics
 from phoenix_server.onnx_file import OnnxFileError, read_facts
 from phoenix_server.settings import Settings
@@ -42,7 +43,9 @@ class ServedModel:
     max_request_bytes: int
     loaded_at_s: float
     stamps: tuple[tuple[int, int], ...]
+    is_bound: bool = False  # whether the manifest declares features or bindings
     capacity: Capacity | None = None
+    features: ModelFeatures | None = None
 
     @property
     def spec(self) -> PhoenixModelSpec:
@@ -75,16 +78,20 @@ class ServedModel:
 class Loader:
     """Loads manifests' models with the settings of this process."""
 
-    def __init__(self, settings: Settings, metrics: Metrics, store: ArtifactStore) -> None:
+    def __init__(
+        self, settings: Settings, metrics: Metrics, store: ArtifactStore, features: Features | None = None
+    ) -> None:
+        """`features` completes the requests of models that ask for it; None: such models are refused."""
         self._settings = settings
         self._metrics = metrics
         self._store = store
+        self._features = features
 
     async def load(self, manifest: Manifest) -> ServedModel:
         """Fetch, verify, load and warm up the model of a manifest. Raises `ModelLoadError`."""
         started = time.perf_counter()
         spec = manifest.model.spec
-        _refuse_unsupported(spec)
+        _refuse_unsupported(spec, can_fill=self._features is not None)
         name, version = manifest.model.metadata.name, spec.model.version
         artifact = await self._store.fetch(
             spec.model.uri,
@@ -96,6 +103,7 @@ class Loader:
         loaded = await asyncio.to_thread(self._load_engine, artifact, manifest)
         objective = spec.autoscaling.target_latency if spec.autoscaling else None
         metrics = self._metrics.model(name, version, slo_s=float(objective.value) if objective else None)
+        features = await self._bind(manifest, loaded, metrics)
         metrics.load_s = time.perf_counter() - started
         metrics.provider, metrics.digest = loaded.provider, artifact.sha256
         runner = loaded.runner(asyncio.get_running_loop().call_soon_threadsafe)
@@ -106,6 +114,8 @@ class Loader:
             name=name, version=version, manifest=manifest, artifact=artifact, engine=loaded, runner=runner,
             batcher=batcher, metrics=metrics, signature=loaded.signature, max_batch_rows=max_rows,
             max_request_bytes=int(spec.limits.max_request_bytes.value), loaded_at_s=time.time(), stamps=stamps,
+            features=features,
+            is_bound=spec.features is not None or spec.bindings is not None,
         )  # fmt: skip
 
     def _load_engine(self, artifact: Artifact, manifest: Manifest) -> Engine:
@@ -126,6 +136,15 @@ class Loader:
         )
         return engine.load(ModelFile(artifact.path, artifact.sha256, facts, artifact.size_bytes), options)
 
+    async def _bind(self, manifest: Manifest, loaded: Engine, metrics: ModelMetrics) -> ModelFeatures | None:
+        if self._features is None:
+            return None
+        try:
+            return await self._features.bind(manifest, loaded.signature, metrics)
+        except ModelLoadError:
+            loaded.close()
+            raise
+
     def _credentials(self) -> dict[str, str]:
         folder = self._settings.model_credentials_dir
         if not folder.is_dir():
@@ -143,22 +162,10 @@ def stamps_of(artifact: Artifact) -> tuple[tuple[int, int], ...]:
     return tuple(stamps)
 
 
-def _refuse_unsupported(spec: PhoenixModelSpec) -> None:
+def _refuse_unsupported(spec: PhoenixModelSpec, *, can_fill: bool) -> None:
     """Nothing that a manifest asks for is dropped in silence."""
-    bindings = spec.bindings
-    asked = [
-        name
-        for name, value in (
-            ("spec.features", spec.features),
-            ("spec.bindings.kafka", bindings and bindings.kafka),
-            ("spec.bindings.postgres", bindings and bindings.postgres),
-        )
-        if value
-    ]
-    if asked:
-        raise ModelLoadError(
-            Reason.INVALID_SPEC, f"{', '.join(asked)}: not served by this version of phoenix-server; remove it"
-        )
+    if spec.features and not can_fill:
+        raise ModelLoadError(Reason.INVALID_SPEC, "spec.features: nothing completes requests here; remove it")
     if spec.networking and spec.networking.rate_limit:
         _log.warning("spec.networking.rateLimit is not enforced by this version of phoenix-server")
 

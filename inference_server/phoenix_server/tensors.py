@@ -156,7 +156,9 @@ class InferRequest:
     """One inference request, decoded.
 
     `inputs` maps input names to arrays; `outputs` names the outputs asked for, in order (empty: all).
-    `timeout_us` is the caller's own deadline in microseconds (0: only the model's).
+    `timeout_us` is the caller's own deadline in microseconds (0: only the model's). `listed_parameters` names the
+    parameters that came as JSON lists; their value is the list's JSON text, as transports without lists have it.
+    `caller` tells API keys apart (`ApiKeys.caller`); empty where none are asked for.
     """
 
     inputs: dict[str, Array]
@@ -164,6 +166,8 @@ class InferRequest:
     id: str = ""
     parameters: dict[str, Parameter] = field(default_factory=dict)
     timeout_us: int = 0
+    listed_parameters: tuple[str, ...] = ()
+    caller: str = ""
 
 
 @dataclass(slots=True)

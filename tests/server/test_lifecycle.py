@@ -172,7 +172,7 @@ def features_asked(folder: Path) -> None:
     write_model(folder, times(2))
     path = write_manifest(folder)
     document = json.loads(path.read_text())
-    document["spec"]["bindings"] = {"kafka": {"backend": "default"}}
+    document["spec"]["bindings"] = {"postgres": {"backend": "default"}}
     path.write_text(json.dumps(document))
 
 
@@ -191,7 +191,7 @@ FAULTS: list[tuple[Callable[[Path], None], Reason, str]] = [
     (sequence_output, Reason.INVALID_MODEL, "output 'y'"),
     (name_used_twice, Reason.INVALID_SPEC, "b.yaml"),
     (accelerator_missing, Reason.PROVIDER_UNAVAILABLE, "policy: Prefer"),
-    (features_asked, Reason.INVALID_SPEC, "spec.bindings.kafka"),
+    (features_asked, Reason.INVALID_SPEC, "spec.bindings.postgres"),
 ]
 
 

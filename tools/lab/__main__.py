@@ -5,6 +5,7 @@ import os
 import sys
 
 from . import LabError, binaries, cluster, fakes
+from .services import together
 from .state import Lab, only_one
 
 
@@ -39,6 +40,10 @@ def _parser() -> argparse.ArgumentParser:
         part.add_argument("part", choices=cluster.COMPONENTS)
     binary = command("binary", "print the path of a program, built first if need be")
     binary.add_argument("program", choices=binaries.PROGRAMS)
+    services = command("services", "Redis, PostgreSQL and Kafka beside the lab; `up` prints a SERVICE_BINDING_ROOT")
+    services.add_argument("what", choices=("up", "down", "status"))
+    services.add_argument("--secure", action="store_true", help="behind TLS and logins")
+    services.add_argument("--for-pods", action="store_true", help="on this machine's address; implies --secure")
     return parser
 
 
@@ -49,6 +54,8 @@ def _run(lab: Lab, arguments: argparse.Namespace) -> int:
         case "up":
             print(cluster.up(lab))
         case "down":
+            if arguments.purge:
+                together.down(lab)  # the folder that says what runs goes too
             cluster.down(lab, purge=arguments.purge)
         case "status":
             lines, is_well = cluster.status(lab)
@@ -71,6 +78,15 @@ def _run(lab: Lab, arguments: argparse.Namespace) -> int:
         case "restart-component":
             cluster.stop_component(lab, arguments.part)
             cluster.start_component(lab, arguments.part)
+        case "services" if arguments.what == "up":
+            is_secure = arguments.secure or arguments.for_pods
+            print(together.up(lab, is_secure=is_secure, is_for_pods=arguments.for_pods))
+        case "services" if arguments.what == "down":
+            together.down(lab)
+        case "services":
+            lines, is_well = together.status(lab)
+            print("\n".join(lines))
+            return 0 if is_well else 1
         case "binary":
             binaries.build([arguments.program])
             print(binaries.path(arguments.program))

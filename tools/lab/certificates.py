@@ -22,7 +22,9 @@ def make_authority(folder: Path, name: str) -> None:
     )
 
 
-def make_certificate(folder: Path, name: str, *, subject: str, authority: str, names: tuple[str, ...] = ()) -> None:
+def make_certificate(
+    folder: Path, name: str, *, subject: str, authority: str, names: tuple[str, ...] = (), is_expired: bool = False
+) -> None:
     """Write `name`.crt and `name`.key, good for a server known by `names` (`DNS:…`, `IP:…`) and for a client."""
     path = folder / name
     _openssl("req", *_NEW_KEY, "-subj", subject, "-keyout", f"{path}.key", "-out", f"{path}.csr")
@@ -37,7 +39,18 @@ def make_certificate(folder: Path, name: str, *, subject: str, authority: str, n
         extensions.append("subjectAltName=" + ",".join(names))
     Path(f"{path}.ext").write_text("\n".join(extensions) + "\n")
     _openssl(
-        *("x509", "-req", "-in", f"{path}.csr", "-days", _DAYS, "-extfile", f"{path}.ext", "-out", f"{path}.crt"),
+        *(
+            "x509",
+            "-req",
+            "-in",
+            f"{path}.csr",
+            "-days",
+            "0" if is_expired else _DAYS,
+            "-extfile",
+            f"{path}.ext",
+            "-out",
+            f"{path}.crt",
+        ),
         *("-CA", f"{folder / authority}.crt", "-CAkey", f"{folder / authority}.key", "-CAcreateserial"),
     )
     for leftover in (f"{path}.csr", f"{path}.ext"):

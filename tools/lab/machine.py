@@ -1,9 +1,12 @@
 """What the lab asks of the machine: root, a few Debian packages, an address, a kernel that lets containers run."""
 
 import os
+import random
 import shutil
 import socket
 import subprocess
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from . import LabError
@@ -20,6 +23,9 @@ _NODE_PACKAGES = {
 }
 _CONTROL_PLANE_PACKAGES = {"openssl": "openssl"}
 _CAP_SYS_RESOURCE = 24
+# What Debian's packages ask before they start a daemon; without the file, they start it.
+_POLICY = Path("/usr/sbin/policy-rc.d")
+_POLICY_TEXT = "#!/bin/sh\n# written by the Phoenix lab for the time of one installation\nexit 101\n"
 
 
 def require_root() -> None:
@@ -34,7 +40,11 @@ def require_root() -> None:
 def install_packages(*, with_node: bool) -> None:
     """Install what is missing, on Debian and Ubuntu as root; elsewhere say what is missing."""
     wanted = _NODE_PACKAGES if with_node else _CONTROL_PLANE_PACKAGES
-    missing = [package for package, program in wanted.items() if not shutil.which(program)]
+    install([package for package, program in wanted.items() if not shutil.which(program)])
+
+
+def install(missing: Sequence[str]) -> None:
+    """Install Debian packages without starting the daemons in them."""
     if not missing:
         return
     if os.geteuid() != 0 or not shutil.which("apt-get"):
@@ -42,10 +52,25 @@ def install_packages(*, with_node: bool) -> None:
     say(f"installing the Debian packages {', '.join(missing)}")
     environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
     wait = ("-o", "DPkg::Lock::Timeout=600", "-qq")
-    for arguments in (("update", *wait), ("install", "-y", "--no-install-recommends", *wait, *missing)):
-        done = subprocess.run(["apt-get", *arguments], env=environment, capture_output=True, text=True)
-        if done.returncode:
-            raise LabError(f"apt-get {arguments[0]} failed:\n{done.stderr.strip() or done.stdout.strip()}")
+    with _no_daemons():
+        for arguments in (("update", *wait), ("install", "-y", "--no-install-recommends", *wait, *missing)):
+            done = subprocess.run(["apt-get", *arguments], env=environment, capture_output=True, text=True)
+            if done.returncode:
+                raise LabError(f"apt-get {arguments[0]} failed:\n{done.stderr.strip() or done.stdout.strip()}")
+
+
+@contextmanager
+def _no_daemons() -> Iterator[None]:
+    """For the block, packages start no daemon. A policy that the machine already has is left as it is."""
+    if _POLICY.exists() and _POLICY.read_text() != _POLICY_TEXT:
+        yield
+        return
+    _POLICY.write_text(_POLICY_TEXT)
+    _POLICY.chmod(0o755)
+    try:
+        yield
+    finally:
+        _POLICY.unlink(missing_ok=True)
 
 
 def cni_folder() -> Path:
@@ -64,6 +89,23 @@ def host_ip() -> str:
     if not addresses:
         raise LabError("this machine has no network address but loopback; a node needs one")
     return addresses[0]
+
+
+def free_port(host: str, *, usual: int | None = None) -> int:
+    """A port of `host` that nobody listens on, and that no outgoing connection takes while its server is away.
+
+    `usual` is taken where it is free.
+    """
+    lowest_outgoing = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    lowest = min(15_000, lowest_outgoing - 1_000)
+    for port in (*([usual] if usual else []), *random.sample(range(lowest, lowest_outgoing), 100)):
+        with socket.socket() as candidate:
+            try:
+                candidate.bind((host, port))
+            except OSError:
+                continue
+            return port
+    raise LabError(f"no free port on {host}")
 
 
 def may_lower_oom_score() -> bool:

@@ -129,6 +129,44 @@ def end(handles: dict[int, int], *, first_signal: signal.Signals = signal.SIGTER
         raise LabError(f"processes {sorted(handles[pidfd] for pidfd in waiting)} do not end, not even by SIGKILL")
 
 
+def signal_family(record: Path, signum: signal.Signals) -> None:
+    """Send a signal to the recorded process and to all that descend from it."""
+    found = read(record)
+    if found is None or not found.is_running():
+        raise LabError(f"{record.stem} does not run")
+    handles = _family(found)
+    try:
+        for pidfd in handles:
+            _send(pidfd, signum)
+    finally:
+        for pidfd in handles:
+            os.close(pidfd)
+
+
+def kill_family(record: Path) -> None:
+    """End the recorded process and all that descend from it at once, without a chance to clean up."""
+    found = read(record)
+    record.unlink(missing_ok=True)
+    if found is not None and found.is_running():
+        end(_family(found), first_signal=signal.SIGKILL)
+
+
+def _family(first: Record) -> dict[int, int]:
+    """Handles of a process and of its descendants (pidfd to pid); the eldest comes first."""
+    parents: dict[int, int] = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            parents[int(stat.parent.name)] = int(stat.read_text().rpartition(")")[2].split()[1])
+    family = [first.pid]
+    for pid in family:  # grows on the way
+        family += [child for child, parent in parents.items() if parent == pid]
+    handles: dict[int, int] = {}
+    for pid in family:
+        if (record := first if pid == first.pid else Record.of(pid)) and (pidfd := record.handle()) is not None:
+            handles[pidfd] = pid
+    return handles
+
+
 def _send(pidfd: int, signum: signal.Signals) -> None:
     with contextlib.suppress(ProcessLookupError):
         signal.pidfd_send_signal(pidfd, signum)
