@@ -242,7 +242,8 @@ class Bindings:
             live = await self._write_secret(subject, kind, None, _content(backend, tenant, login, _password()), login)
         login, values = _Login.read(live), desired.values_of(live)
         kept = _content(backend, tenant, login, values.get("password", ""))
-        is_same_login = kept == values or values.get("username") == kept.get("username")
+        is_same_user = values.get("username") == kept.get("username") and kept.get("password") != ""
+        is_same_login = kept == values or is_same_user
         if login.backend == name and is_same_login and (rotate in ("", login.rotated) or login.retiring):
             return await self._keep(subject, home, live, login, kept, tenant, place)
         other = _other(login.slot) if login.backend == name and is_same_login else login.slot
@@ -467,6 +468,13 @@ class Bindings:
 
     async def _tell(self, subject: Subject, reason: str, message: str) -> None:
         await self._recorder.record(subject, Happening("Normal", reason, message), datetime.now(UTC))
+
+
+def is_to_be_released(document: Object) -> bool:
+    """Whether backends are to be asked before a model may go."""
+    metadata = document["metadata"]
+    is_forced = (metadata.get("annotations") or {}).get(FORCE) == "true"
+    return FINALIZER in metadata.get("finalizers", []) and not is_forced
 
 
 def homes_of(document: Object) -> set[Home]:
