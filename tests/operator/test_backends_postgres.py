@@ -1,6 +1,8 @@
 """PostgreSQL as the operator provisions it, on the real one."""
 
+import asyncio
 import secrets as random
+import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -19,7 +21,7 @@ from backend_cases import (
 )
 from faulty_proxy import proxy_to
 from psycopg import errors, sql
-from services import PostgresServer
+from services import DEADLINE_S, PostgresServer
 
 from phoenix_api import Reason
 from phoenix_operator.backends import Backend, Login, Tenant
@@ -364,6 +366,30 @@ async def test_backend_that_is_down_slow_or_back_again(
             await backend.ensure(FRAUD, login)
             await backend.drop_data(FRAUD)
     assert_silent(everything_logged, admin["password"])
+
+
+@on_a_loop
+async def test_database_that_stops_in_the_middle_is_not_waited_for(secure_postgres: PostgresServer) -> None:
+    admin = admin_of(secure_postgres, secure_postgres.fresh_database())
+    lock = "SELECT pg_advisory_lock(hashtextextended('phx_ml_fraud', 0))"
+    with proxy_to(secure_postgres.port) as proxy, secure_postgres.connect(admin["database"]) as somebody:
+        somebody.execute(lock)
+        async with using(KIND, {**admin, "port": str(proxy.port)}, timeoutSeconds=1) as backend:
+            with refused(Reason.BACKEND_UNREACHABLE, "no answer within 1 s"):
+                await backend.ensure(FRAUD, login_of(backend, FRAUD))
+            work = asyncio.create_task(backend.ensure(FRAUD, login_of(backend, FRAUD)))
+            await asyncio.to_thread(wait_until_waiting, somebody)
+            proxy.set("hang")
+            with refused(Reason.BACKEND_UNREACHABLE, "no answer within 1 s"):
+                await work
+    assert facts(secure_postgres, admin["database"]) == {"roles": {}, "schemas": []}
+
+
+def wait_until_waiting(connection: psycopg.Connection[Any]) -> None:
+    until = time.monotonic() + DEADLINE_S
+    while not connection.execute("SELECT FROM pg_locks WHERE locktype = 'advisory' AND NOT granted").fetchall():
+        assert time.monotonic() < until
+        time.sleep(0.01)
 
 
 @on_a_loop
