@@ -1,6 +1,7 @@
 """PostgreSQL as the operator provisions it, on the real one."""
 
 import asyncio
+import re
 import secrets as random
 import time
 from collections.abc import Iterator, Mapping
@@ -13,6 +14,7 @@ from backend_cases import (
     CHURN,
     FRAUD,
     FRAUD_ELSEWHERE,
+    PROVISIONING,
     assert_silent,
     login_of,
     on_a_loop,
@@ -46,19 +48,18 @@ def admin_of(server: PostgresServer, database: str, **others: str) -> dict[str, 
 
 @pytest.fixture(params=["superuser", "createrole"])
 def admin(request: pytest.FixtureRequest, secure_postgres: PostgresServer) -> Iterator[Admin]:
-    """The admin Secret of a fresh database: the superuser's, or that of a role with CREATEROLE and CREATEDB only."""
+    """The admin Secret of a fresh database: the superuser's, or that of a role with the rights of the docs."""
     if request.param == "superuser":
         yield admin_of(secure_postgres, secure_postgres.fresh_database())
     else:
         name, password = f"provisioner_{random.token_hex(4)}", random.token_hex(16)
+        [statements] = re.findall(r"```sql\n(.*?)```", PROVISIONING, re.DOTALL)
+        for old, new in (("phoenix_admin", name), ("…", password), ("models", f"of_{name}")):
+            statements = statements.replace(old, new)
         with secure_postgres.connect() as connection:
-            connection.execute(
-                sql.SQL("CREATE ROLE {} LOGIN CREATEROLE CREATEDB PASSWORD {}").format(sql.Identifier(name), password)
-            )
-        login = {"username": name, "password": password}
-        with psycopg.connect(secure_postgres.url(**login), autocommit=True) as connection:
-            connection.execute(sql.SQL("CREATE DATABASE {}").format(sql.Identifier(f"of_{name}")))
-        yield admin_of(secure_postgres, f"of_{name}", **login)
+            for statement in filter(None, statements.splitlines()):
+                connection.execute(sql.SQL(statement))
+        yield admin_of(secure_postgres, f"of_{name}", username=name, password=password)
     with secure_postgres.connect() as connection:  # roles are of all databases
         left = connection.execute("SELECT rolname FROM pg_roles WHERE rolname LIKE 'phx\\_%'").fetchall()
         databases = connection.execute("SELECT datname FROM pg_database WHERE datname ~ '^(of|test)_'").fetchall()

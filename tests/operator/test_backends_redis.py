@@ -2,6 +2,7 @@
 
 import asyncio
 import itertools
+import re
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -13,6 +14,7 @@ from backend_cases import (
     CHURN,
     FRAUD,
     FRAUD_ELSEWHERE,
+    PROVISIONING,
     assert_silent,
     login_of,
     on_a_loop,
@@ -311,9 +313,11 @@ async def test_admin_without_rights_is_access_denied_and_with_those_of_the_docs_
         with refused(Reason.ACCESS_DENIED, "the admin may not make the user phx:ml:fraud:a", "acl|getuser",
                      "give it the rights, or switch manageUsers off"):  # fmt: skip
             await backend.ensure(FRAUD, login_of(backend, FRAUD))
-    rights = ("+acl|getuser", "+acl|setuser", "+acl|deluser", "+acl|save", "+scan", "+unlink", "~phx:*")
+    [command] = re.findall(r"^ACL SETUSER phoenix-admin (.*)$", PROVISIONING, re.MULTILINE)
     with server.client() as chief:
-        chief.execute_command("ACL", "SETUSER", "provisioner", *rights)
+        chief.execute_command(
+            "ACL", "SETUSER", "provisioner", *command.replace("PASSWORD", "s3cret-provisioner").split()
+        )
     async with using(KIND, admin) as backend:
         with await pod_of(server, backend) as client:
             client.hset(KEY, "amount", "1")

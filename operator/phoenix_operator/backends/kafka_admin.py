@@ -16,7 +16,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterable
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from typing import Any, NamedTuple, TypeVar
 
 from confluent_kafka import KafkaError, KafkaException, TopicCollection
@@ -111,10 +111,10 @@ class Connection:
     def done(self, future: "Future[T]", doing: str) -> T:
         """Return the result of a call; `doing` completes "may not …". Raises `Failure` or `KafkaException`.
 
-        The errors that a caller knows what to do with  come as they are.
+        The errors that a caller knows what to do with come as they are.
         """
-        while not future.done():
-            self.admin.poll(_POLL_S)
+        while not wait([future], timeout=_POLL_S).done:
+            self.admin.poll(0)  # which brings what `_on_error` is told
             if self.is_refused:
                 raise Failure("ACCESS_DENIED", "")
             if self.left_s <= 0:
