@@ -10,6 +10,7 @@ import json
 import signal
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from phoenix_api import Reason
@@ -205,7 +206,8 @@ def _refuse_foreign_names(tenant: Tenant) -> None:
 async def _run(request: bytes, *, timeout_s: float) -> tuple[bytes, int | None]:
     """Run the worker; return what it says and its exit code, or None for one that was ended at the deadline."""
     process = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "phoenix_operator.backends.kafka_admin",
+        # -P: the folder of the file, with its `redis.py`, is no place to import from
+        sys.executable, "-P", Path(__file__).with_name("kafka_admin.py"),
         stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.DEVNULL,
     )  # fmt: skip
     try:
