@@ -18,7 +18,6 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 MANIFESTS = ROOT / "operator/manifests/cluster"
-BINDINGS = ROOT / "operator/manifests/bindings.yaml"
 OPERATOR_NAMESPACE, EXAMPLE_NAMESPACE = "phoenix-system", "phoenix-demo"
 RESTRICTED = "pod-security.kubernetes.io/enforce=restricted"
 
@@ -97,7 +96,6 @@ def services(kubectl: Kubectl) -> tuple[Path, dict[str, object]]:
     root = Path(lab("services", "up", "--for-pods").splitlines()[-1])
     # server-side: kubectl would keep a copy of the passwords in an annotation
     kubectl("apply", "--server-side", "--force-conflicts", "-f", str(root.parent / "secrets.json"))
-    kubectl("apply", "--server-side", "--force-conflicts", "-f", str(BINDINGS))
     return root, json.loads((root.parent / "settings.json").read_text())
 
 
