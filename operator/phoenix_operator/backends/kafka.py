@@ -165,7 +165,7 @@ class KafkaBackend:
             return
         reason = Reason[answer["reason"]]
         if reason is Reason.BACKEND_UNREACHABLE:
-            raise self._unreachable(f"{answer['message']}, within {timeout_s:g} s")
+            raise self._unreachable(answer["message"] or f"no answer within {timeout_s:g} s")
         raise BackendError(reason, f"{self._where}: {answer['message'] or self._refused}")
 
     @property
