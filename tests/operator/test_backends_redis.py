@@ -408,6 +408,12 @@ async def test_binding_has_the_keys_of_the_service_binding_specification() -> No
         assert (binding["uri"], binding["username"], binding["ssl"]) == ("redis://[::1]:1/0", "", "false")
 
 
+@on_a_loop
+async def test_secret_that_was_made_of_files_is_read_without_their_ends() -> None:
+    async with using(KIND, {"host": "r\n", "port": "1\r\n"}, capabilities={"manageUsers": False}) as backend:
+        assert backend.binding(FRAUD, Login("", ""))["uri"] == "redis://r:1/0"
+
+
 @pytest.mark.parametrize(
     "values",
     [

@@ -17,7 +17,7 @@ from phoenix_api import Reason
 from phoenix_operator.backends.contract import SLOTS, BackendError, Login, Tenant, required
 from phoenix_operator.settings import BackendSettings
 
-_PROCESSES = 4
+_PROCESSES = 2  # of 33 MB each, in the memory of the operator
 _START_S = 10.0  # a process that has not begun to work by then, beyond the deadline of the work, does not run well
 _USER_MECHANISM = "SCRAM-SHA-512"
 _MECHANISMS = ("PLAIN", "SCRAM-SHA-256", _USER_MECHANISM)
@@ -165,7 +165,7 @@ class KafkaBackend:
             return
         reason = Reason[answer["reason"]]
         if reason is Reason.BACKEND_UNREACHABLE:
-            raise self._unreachable(f"{answer['message']}, within {timeout_s:g} s")
+            raise self._unreachable(answer["message"] or f"no answer within {timeout_s:g} s")
         raise BackendError(reason, f"{self._where}: {answer['message'] or self._refused}")
 
     @property

@@ -7,7 +7,7 @@ nothing of the project, whose packages take three times as long to load as the w
 
 In: `{"client": {…}, "deadline_s": …, "work": "ensure" | "drop_logins" | "drop_data", …}`, the rest are the arguments of
 the function of that name. Out: `{}`, or `{"reason": …, "message": …}` with a member's name of `phoenix_api.Reason`;
-`ACCESS_DENIED` without a message says that the login itself is refused.
+without a message `ACCESS_DENIED` says that the login itself is refused, `BACKEND_UNREACHABLE` that nothing came.
 """
 
 import json
@@ -118,7 +118,7 @@ class Connection:
             if self.is_refused:
                 raise Failure("ACCESS_DENIED", "")
             if self.left_s <= 0:
-                raise Failure("BACKEND_UNREACHABLE", self._trouble or "no answer in time")
+                raise self.silence()
         try:
             return future.result()
         except KafkaException as exception:
@@ -129,8 +129,12 @@ class Connection:
             if error.code() in (KafkaError.POLICY_VIOLATION, KafkaError.UNSUPPORTED_VERSION):
                 raise Failure("ACCESS_DENIED", f"the broker refuses to {doing}: {error.str()}") from None
             if error.code() in _SILENT:
-                raise Failure("BACKEND_UNREACHABLE", self._trouble or error.str()) from None
+                raise self.silence() from None
             raise
+
+    def silence(self) -> Failure:
+        """Return what to say where the broker says nothing: the last trouble with it, if there was one."""
+        return Failure("BACKEND_UNREACHABLE", self._trouble)
 
     def greet(self, *needs: AclOperation) -> None:
         """Return once the broker answers to this login. Raises `Failure` if it lacks rights on the cluster."""
@@ -403,8 +407,8 @@ def _topics_under(connection: Connection, prefix: str) -> list[str]:
         raise Failure("BACKEND_UNREACHABLE", f"topics of {prefix}* are still being deleted")
     try:
         known = connection.admin.list_topics(timeout=connection.left_s).topics
-    except KafkaException as exception:
-        raise Failure("BACKEND_UNREACHABLE", exception.args[0].str()) from None
+    except KafkaException:
+        raise connection.silence() from None
     return sorted(name for name in known if name.startswith(prefix))
 
 
