@@ -15,7 +15,8 @@ from pydantic import ValidationError
 
 from phoenix_api import Reason
 from phoenix_api.faults import explain, path_of
-from phoenix_operator.bindings import Bindings, is_to_be_released
+from phoenix_operator.binding_marks import is_to_be_released
+from phoenix_operator.bindings import Bindings
 from phoenix_operator.cluster import ApiError, Cluster
 from phoenix_operator.desired import desired_objects
 from phoenix_operator.desired.acceptance import faults, is_left_alone

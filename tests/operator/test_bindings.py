@@ -13,7 +13,7 @@ from memory_cluster import Call
 from objects import NAMESPACE, OPERATOR_NAMESPACE, loaded
 from world import KEY, World
 
-from phoenix_operator import bindings
+from phoenix_operator import binding_marks as bindings
 from phoenix_operator.cluster import ApiError
 from phoenix_operator.kinds import DEPLOYMENT, NETWORK_POLICY, PHOENIX_MODEL, POD, SECRET
 from phoenix_operator.observed import Object, stamp
@@ -642,6 +642,8 @@ async def test_admin_secret_that_is_missing_or_says_too_little_is_named(world: W
     assert (status, reason) == ("False", "SecretMissing")
     assert "Secret phoenix-system/redis-admin of backend default does not exist" in message
     assert (DEPLOYMENT, *KEY) not in world.cluster.objects
+    document = world.cluster.objects[PHOENIX_MODEL, *KEY]
+    assert ("redis", "default") not in bindings.homes_of(document), "nothing of it can be there"
     world.secret("redis-admin", OPERATOR_NAMESPACE, password="x")
     world.start()
     await world.reconcile()
