@@ -62,6 +62,22 @@ class _Trial:
     failures: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class _Access:
+    """One model on one backend."""
+
+    subject: Subject
+    home: Home
+
+    @property
+    def place(self) -> tuple[Key, Home]:
+        return (self.subject.namespace, self.subject.name), self.home
+
+    @property
+    def tenant(self) -> Tenant:
+        return tenant_of(self.subject, self.home[0])
+
+
 class _Refused(Exception):
     """The API server will not have an object of ours; the message has no secret."""
 
@@ -180,12 +196,11 @@ class Bindings:
     # --- one binding to a backend ------------------------------------------------------------------------------------
 
     async def _provisioned(self, subject: Subject, each: Asked, live: Object | None, *, is_known: bool) -> BindingSeen:
-        home = (each.kind, each.backend or "")
-        place = ((subject.namespace, subject.name), home)
+        access = _Access(subject, (each.kind, each.backend or ""))
         stored: Object | None
         error: BackendError | None
         try:
-            stored, error = await self._bring(subject, home, live, place, is_known=is_known)
+            stored, error = await self._bring(access, live, is_known=is_known)
         except BackendError as failure:  # not even the Secret's content can be known
             stored, error = live, failure
         except _Refused as refused:
@@ -193,27 +208,26 @@ class Bindings:
         if stored is None:
             assert error is not None
             return _failed(each, error)
-        self._retiring.pop(place, None)
+        self._retiring.pop(access.place, None)
         if SecretMarks.read(stored).retiring:
-            self._retiring[place] = stored
+            self._retiring[access.place] = stored
         return BindingSeen(
             each.kind,
             digest=desired.content_hash(stored),
             ports=desired.ports_of(each.kind, desired.values_of(stored)),
             reason=error.reason if error else Reason.BOUND,
-            message=f"{each.field}: {error.message}" if error else f"{each.kind}: backend {home[1]}",
+            message=f"{each.field}: {error.message}" if error else f"{each.kind}: backend {each.backend}",
         )
 
     async def _bring(
-        self, subject: Subject, home: Home, live: Object | None, place: tuple[Key, Home], *, is_known: bool
+        self, access: _Access, live: Object | None, *, is_known: bool
     ) -> tuple[Object, BackendError | None]:
         """Return the Secret as it is stored, and what the backend has against it.
 
         Raises `BackendError` if its content cannot be made, `_Refused` if it cannot be stored.
         """
-        kind, name = home
+        subject, (kind, name), tenant = access.subject, access.home, access.tenant
         backend = await self._pool.get(kind, name)
-        tenant = tenant_of(subject, kind)
         rotate = subject.annotations.get(ROTATE, "")
         if live is None:
             # whatever login there was, its password is lost: pods get the new one, and the other login is taken away
@@ -224,33 +238,27 @@ class Bindings:
         is_same_user = values.get("username") == kept.get("username") and kept.get("password") != ""
         is_same_login = kept == values or is_same_user
         if login.backend == name and is_same_login and (rotate in ("", login.rotated) or login.retiring):
-            return await self._keep(subject, home, live, login, kept, tenant, place)
+            return await self._keep(access, live, login, kept)
         other = _other(login.slot) if login.backend == name and is_same_login else login.slot
         retiring = login.slot if login.backend == name and is_same_login else ""
         fresh = SecretMarks(name, other, rotate or login.rotated, "", retiring)
         content = _content(backend, tenant, fresh, _password())
-        wish = self._wish(home, content, tenant, fresh)
-        failure = await self._ensure(home, place, tenant, fresh, content, f"rotate {rotate}")
+        wish = self._wish(access, content, fresh)
+        failure = await self._ensure(access, fresh, content, f"rotate {rotate}")
         if failure is not None:
             return live, failure
         stored = await self._write_secret(subject, kind, live, content, replace(fresh, provisioned=wish))
-        self._trials[place] = self._later(wish)
+        self._trials[access.place] = self._later(wish)
         what = "a new login" if login.backend == name else f"a login on backend {name}"
         await self._tell(subject, "Rotated", f"{kind}: pods get {what}; the one before goes with the last of its pods")
         return stored, None
 
     async def _keep(
-        self,
-        subject: Subject,
-        home: Home,
-        live: Object,
-        login: SecretMarks,
-        content: Mapping[str, str],
-        tenant: Tenant,
-        place: tuple[Key, Home],
+        self, access: _Access, live: Object, login: SecretMarks, content: Mapping[str, str]
     ) -> tuple[Object, BackendError | None]:
         """Keep the login that there is: the backend and the Secret's other keys are brought up to date."""
-        wish = self._wish(home, content, tenant, login)
+        subject, home, place = access.subject, access.home, access.place
+        wish = self._wish(access, content, login)
         trial = self._trials.get(place)
         if trial is None and login.provisioned == wish and was_bound(subject):
             # a new leader trusts what is written, and asks all backends again over time
@@ -259,7 +267,7 @@ class Bindings:
         is_due = trial is None or time.monotonic() >= trial.next_at
         failure = trial.error if trial else None
         if is_due or login.provisioned != wish or (trial and trial.wish != wish):
-            failure = await self._ensure(home, place, tenant, login, content, wish)
+            failure = await self._ensure(access, login, content, wish)
         if failure is not None:
             return live, failure
         stored = await self._write_secret(subject, home[0], live, content, replace(login, provisioned=wish))
@@ -268,15 +276,10 @@ class Bindings:
         return stored, None
 
     async def _ensure(
-        self,
-        home: Home,
-        place: tuple[Key, Home],
-        tenant: Tenant,
-        login: SecretMarks,
-        content: Mapping[str, str],
-        wish: str,
+        self, access: _Access, login: SecretMarks, content: Mapping[str, str], wish: str
     ) -> BackendError | None:
         """Make the backend hold the login; what it says against it is remembered for a while, and returned."""
+        tenant, place = access.tenant, access.place
         trial = self._trials.get(place)
         is_waiting = trial is not None and trial.error is not None and time.monotonic() < trial.next_at
         if trial is not None and is_waiting and trial.wish == wish:
@@ -287,7 +290,7 @@ class Bindings:
             await backend.ensure(tenant, Login(backend.username(tenant, login.slot), password))
 
         try:
-            await self._pool.call(*home, ensure)
+            await self._pool.call(*access.home, ensure)
         except BackendError as error:
             failures = trial.failures + 1 if trial is not None and trial.error is not None else 1
             pause_s = min(_FIRST_PAUSE_S * 2 ** min(failures - 1, 10), _LAST_PAUSE_S) * random.uniform(0.8, 1.2)
@@ -299,11 +302,11 @@ class Bindings:
     def _later(self, wish: str) -> _Trial:
         return _Trial(time.monotonic() + self._settings.resync_seconds * random.uniform(0.8, 1.2), wish)
 
-    def _wish(self, home: Home, content: Mapping[str, str], tenant: Tenant, login: SecretMarks) -> str:
+    def _wish(self, access: _Access, content: Mapping[str, str], login: SecretMarks) -> str:
         """Return a hash of all that a backend is asked to hold; it stands on the Secret, whose content it covers."""
-        config = self._pool.config(*home)
+        config = self._pool.config(*access.home)
         told = config.model_dump(mode="json", exclude={"timeout_seconds"}) if config else {}
-        rows = [[topic.name, topic.partitions, topic.retention_hours] for topic in tenant.topics]
+        rows = [[topic.name, topic.partitions, topic.retention_hours] for topic in access.tenant.topics]
         return digest([dict(content), rows, told, login.slot])
 
     async def _write_secret(
