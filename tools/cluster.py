@@ -108,10 +108,10 @@ def apply_manifests(kubectl: Kubectl) -> None:
 
 
 def allow_bindings(kubectl: Kubectl, secrets: Sequence[str]) -> None:
-    """Apply the operator's manifests with the rights that bindings need, as the operator itself prints them."""
+    """Apply the rights that bindings need, as the operator itself prints them."""
     words = f"phoenix-operator manifests /tmp/manifests --bindings {','.join(secrets)} >&2"
     operator = ("exec", "deployment/phoenix-operator", "-n", OPERATOR_NAMESPACE, "--", "sh", "-c")
-    text = kubectl(*operator, f"{words} && cat /tmp/manifests/operator.yaml")
+    text = kubectl(*operator, f"{words} && cat /tmp/manifests/bindings.yaml")
     kubectl("apply", "--server-side", "--force-conflicts", "-f", "-", stdin=text)
 
 

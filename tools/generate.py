@@ -142,6 +142,12 @@ def _manifest(name: str) -> Callable[[], str]:
     return render
 
 
+def _binding_rights() -> str:
+    from phoenix_operator import install
+
+    return install.files("", bindings=("redis-admin", "kafka-admin", "postgresql-admin"))["bindings.yaml"]
+
+
 _INSTALL = ("phoenixmodels.yaml", "operator.yaml", "kustomization.yaml")
 FILES: dict[str, Callable[[], str]] = {
     "crds/phoenixmodels.yaml": _api("crd"),
@@ -155,6 +161,7 @@ FILES: dict[str, Callable[[], str]] = {
     "docs/reference/operator-settings.md": _operator("settings_page"),
     "docs/reference/operator-metrics.md": _operator("metrics_page"),
     "docs/reasons/README.md": _condition_reasons,
+    "operator/manifests/bindings.yaml": _binding_rights,
     **{f"operator/manifests/cluster/{name}": _manifest(name) for name in _INSTALL},
 }
 # Generators that keep several files, some binary, and know themselves how to check them.

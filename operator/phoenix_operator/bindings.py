@@ -20,7 +20,18 @@ from typing import TypeVar
 
 from phoenix_api import DeletionPolicy, Reason
 from phoenix_operator.backend_pool import BackendPool
-from phoenix_operator.backends import SLOTS, Backend, BackendError, Login, Tenant, Topic
+from phoenix_operator.backends import SLOTS, Backend, BackendError, Login, Tenant
+from phoenix_operator.binding_marks import (
+    FINALIZER,
+    FORCE,
+    RECORD,
+    Home,
+    SecretMarks,
+    homes_of,
+    tenant_of,
+    tenant_to_release,
+    was_bound,
+)
 from phoenix_operator.cluster import ApiError, Cluster
 from phoenix_operator.desired import bindings as desired
 from phoenix_operator.desired.bindings import Asked
@@ -33,20 +44,12 @@ from phoenix_operator.recorder import Happening, Recorder
 from phoenix_operator.settings import Settings
 from phoenix_operator.store import Key, Store
 
-FINALIZER = "phoenix-ml.io/backends"
-RECORD = "phoenix-ml.io/backends"  # on the PhoenixModel: `kind=backend+backend,…`, all that may have something of it
-FORCE = "phoenix-ml.io/force-delete"
-# On a Secret: whose login it holds, which of the two, for which wish, what the backend was last made to hold, and the
-# login that is to go once no pod uses it.
-BACKEND, SLOT = "phoenix-ml.io/backend", "phoenix-ml.io/slot"
-ROTATED, PROVISIONED, RETIRING = "phoenix-ml.io/rotated", "phoenix-ml.io/provisioned", "phoenix-ml.io/retiring"
 _FIRST_PAUSE_S, _LAST_PAUSE_S = 2.0, 300.0
 _PASSWORD_BYTES = 32
 _UNREAD = "unread"
 _RIGHTS = "install with `phoenix-operator manifests FOLDER --bindings SECRETS`"
 
 T = TypeVar("T")
-Home = tuple[str, str]  # kind and name of a backend
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,36 +63,19 @@ class _Trial:
 
 
 @dataclass(frozen=True, slots=True)
-class _Login:
-    """What the Secret says: a login, and how far it is."""
+class _Access:
+    """One model on one backend."""
 
-    backend: str
-    slot: str
-    rotated: str
-    provisioned: str
-    retiring: str
+    subject: Subject
+    home: Home
 
-    @classmethod
-    def read(cls, secret: Object) -> "_Login":
-        marks = secret["metadata"].get("annotations") or {}
-        slot = marks.get(SLOT, "")
-        return cls(
-            backend=marks.get(BACKEND, ""),
-            slot=slot if slot in SLOTS else SLOTS[0],
-            rotated=marks.get(ROTATED, ""),
-            provisioned=marks.get(PROVISIONED, ""),
-            retiring=marks.get(RETIRING, ""),
-        )
+    @property
+    def place(self) -> tuple[Key, Home]:
+        return (self.subject.namespace, self.subject.name), self.home
 
-    def marks(self) -> dict[str, str]:
-        rows = {
-            BACKEND: self.backend,
-            SLOT: self.slot,
-            ROTATED: self.rotated,
-            PROVISIONED: self.provisioned,
-            RETIRING: self.retiring,
-        }
-        return {key: text for key, text in rows.items() if text}
+    @property
+    def tenant(self) -> Tenant:
+        return tenant_of(self.subject, self.home[0])
 
 
 class _Refused(Exception):
@@ -134,7 +120,10 @@ class Bindings:
         foreign = [(SECRET, each.secret) for each in own if _is_foreign(subject, live[each.kind])]
         if foreign:
             return replace(observed, foreign=foreign)
-        missing = {(each.kind, each.backend or "") for each in own} - recorded
+        wished = {(each.kind, each.backend or "") for each in own}
+        # a backend that cannot even be addressed holds nothing: without it there is no finalizer to stand in the way
+        unknown = {home: error for home in wished - recorded if (error := await self._unknown(home)) is not None}
+        missing = wished - recorded - unknown.keys()
         if missing:
             try:
                 await self._write_record(document, recorded | missing)
@@ -144,19 +133,30 @@ class Bindings:
                 words = f"the operator may not add its finalizer; {_RIGHTS}"
                 denied = [BindingSeen(each.kind, reason=Reason.ACCESS_DENIED, message=words) for each in wanted]
                 return replace(observed, bindings={seen.kind: seen for seen in denied})
-        is_known = bool(recorded)
-        seen = await _all(
-            self._provisioned(subject, each, live[each.kind], is_known=is_known)
-            if each.backend is not None
-            else self._brought(subject, each)
-            for each in wanted
-        )
+
+        async def look(each: Asked) -> tuple[BindingSeen, Missing | None]:
+            if each.backend is None:
+                return await self._brought(subject, each)
+            home = (each.kind, each.backend)
+            if home in unknown:
+                return _failed(each, unknown[home]), None
+            return await self._provisioned(subject, each, live[each.kind], is_known=home in recorded), None
+
+        seen = await _all(look(each) for each in wanted)
         absent = [missing for _, missing in seen if missing is not None]
         return replace(
             observed,
             bindings={row.kind: row for row, _ in seen},
             missing=[*observed.missing, *absent],
         )
+
+    async def _unknown(self, home: Home) -> BackendError | None:
+        """Return why a backend cannot be addressed."""
+        try:
+            await self._pool.get(*home)
+        except BackendError as error:
+            return error
+        return None
 
     async def _get(self, subject: Subject, each: Asked) -> Object | None:
         return await self._cluster.get(SECRET, subject.namespace, each.secret)
@@ -195,91 +195,79 @@ class Bindings:
 
     # --- one binding to a backend ------------------------------------------------------------------------------------
 
-    async def _provisioned(
-        self, subject: Subject, each: Asked, live: Object | None, *, is_known: bool
-    ) -> tuple[BindingSeen, Missing | None]:
-        home = (each.kind, each.backend or "")
-        place = ((subject.namespace, subject.name), home)
+    async def _provisioned(self, subject: Subject, each: Asked, live: Object | None, *, is_known: bool) -> BindingSeen:
+        access = _Access(subject, (each.kind, each.backend or ""))
         stored: Object | None
         error: BackendError | None
         try:
-            stored, error = await self._bring(subject, home, live, place, is_known=is_known)
+            stored, error = await self._bring(access, live, is_known=is_known)
         except BackendError as failure:  # not even the Secret's content can be known
             stored, error = live, failure
         except _Refused as refused:
             stored, error = live, BackendError(Reason.SECRET_MISSING, str(refused))
         if stored is None:
             assert error is not None
-            return BindingSeen(each.kind, reason=error.reason, message=f"{each.field}: {error.message}"), None
-        self._retiring.pop(place, None)
-        if _Login.read(stored).retiring:
-            self._retiring[place] = stored
-        return (
-            BindingSeen(
-                each.kind,
-                digest=desired.content_hash(stored),
-                ports=desired.ports_of(each.kind, desired.values_of(stored)),
-                reason=error.reason if error else Reason.BOUND,
-                message=f"{each.field}: {error.message}" if error else f"{each.kind}: backend {home[1]}",
-            ),
-            None,
+            return _failed(each, error)
+        self._retiring.pop(access.place, None)
+        if SecretMarks.read(stored).retiring:
+            self._retiring[access.place] = stored
+        return BindingSeen(
+            each.kind,
+            digest=desired.content_hash(stored),
+            ports=desired.ports_of(each.kind, desired.values_of(stored)),
+            reason=error.reason if error else Reason.BOUND,
+            message=f"{each.field}: {error.message}" if error else f"{each.kind}: backend {each.backend}",
         )
 
     async def _bring(
-        self, subject: Subject, home: Home, live: Object | None, place: tuple[Key, Home], *, is_known: bool
+        self, access: _Access, live: Object | None, *, is_known: bool
     ) -> tuple[Object, BackendError | None]:
         """Return the Secret as it is stored, and what the backend has against it.
 
         Raises `BackendError` if its content cannot be made, `_Refused` if it cannot be stored.
         """
-        kind, name = home
+        subject, (kind, name), tenant = access.subject, access.home, access.tenant
         backend = await self._pool.get(kind, name)
-        tenant = tenant_of(subject, kind)
         rotate = subject.annotations.get(ROTATE, "")
         if live is None:
             # whatever login there was, its password is lost: pods get the new one, and the other login is taken away
-            login = _Login(name, SLOTS[0], rotate, "", SLOTS[1] if is_known else "")
+            login = SecretMarks(name, SLOTS[0], rotate, "", SLOTS[1] if is_known else "")
             live = await self._write_secret(subject, kind, None, _content(backend, tenant, login, _password()), login)
-        login, values = _Login.read(live), desired.values_of(live)
+        login, values = SecretMarks.read(live), desired.values_of(live)
         kept = _content(backend, tenant, login, values.get("password", ""))
-        is_same_login = kept == values or values.get("username") == kept.get("username")
+        is_same_user = values.get("username") == kept.get("username") and kept.get("password") != ""
+        is_same_login = kept == values or is_same_user
         if login.backend == name and is_same_login and (rotate in ("", login.rotated) or login.retiring):
-            return await self._keep(subject, home, live, login, kept, tenant, place)
+            return await self._keep(access, live, login, kept)
         other = _other(login.slot) if login.backend == name and is_same_login else login.slot
         retiring = login.slot if login.backend == name and is_same_login else ""
-        fresh = _Login(name, other, rotate or login.rotated, "", retiring)
+        fresh = SecretMarks(name, other, rotate or login.rotated, "", retiring)
         content = _content(backend, tenant, fresh, _password())
-        wish = self._wish(home, content, tenant, fresh)
-        failure = await self._ensure(home, place, tenant, fresh, content, f"rotate {rotate}")
+        wish = self._wish(access, content, fresh)
+        failure = await self._ensure(access, fresh, content, f"rotate {rotate}")
         if failure is not None:
             return live, failure
         stored = await self._write_secret(subject, kind, live, content, replace(fresh, provisioned=wish))
-        self._trials[place] = self._later(wish)
+        self._trials[access.place] = self._later(wish)
         what = "a new login" if login.backend == name else f"a login on backend {name}"
         await self._tell(subject, "Rotated", f"{kind}: pods get {what}; the one before goes with the last of its pods")
         return stored, None
 
     async def _keep(
-        self,
-        subject: Subject,
-        home: Home,
-        live: Object,
-        login: _Login,
-        content: Mapping[str, str],
-        tenant: Tenant,
-        place: tuple[Key, Home],
+        self, access: _Access, live: Object, login: SecretMarks, content: Mapping[str, str]
     ) -> tuple[Object, BackendError | None]:
         """Keep the login that there is: the backend and the Secret's other keys are brought up to date."""
-        wish = self._wish(home, content, tenant, login)
+        subject, home, place = access.subject, access.home, access.place
+        wish = self._wish(access, content, login)
         trial = self._trials.get(place)
-        if trial is None and login.provisioned == wish and _was_bound(subject):
+        if trial is None and login.provisioned == wish and was_bound(subject):
             # a new leader trusts what is written, and asks all backends again over time
             spread_s = random.uniform(0, self._settings.resync_seconds)
             trial = self._trials[place] = _Trial(time.monotonic() + spread_s, wish)
         is_due = trial is None or time.monotonic() >= trial.next_at
         failure = trial.error if trial else None
         if is_due or login.provisioned != wish or (trial and trial.wish != wish):
-            failure = await self._ensure(home, place, tenant, login, content, wish)
+            failure = await self._ensure(access, login, content, wish)
         if failure is not None:
             return live, failure
         stored = await self._write_secret(subject, home[0], live, content, replace(login, provisioned=wish))
@@ -288,9 +276,10 @@ class Bindings:
         return stored, None
 
     async def _ensure(
-        self, home: Home, place: tuple[Key, Home], tenant: Tenant, login: _Login, content: Mapping[str, str], wish: str
+        self, access: _Access, login: SecretMarks, content: Mapping[str, str], wish: str
     ) -> BackendError | None:
         """Make the backend hold the login; what it says against it is remembered for a while, and returned."""
+        tenant, place = access.tenant, access.place
         trial = self._trials.get(place)
         is_waiting = trial is not None and trial.error is not None and time.monotonic() < trial.next_at
         if trial is not None and is_waiting and trial.wish == wish:
@@ -301,7 +290,7 @@ class Bindings:
             await backend.ensure(tenant, Login(backend.username(tenant, login.slot), password))
 
         try:
-            await self._pool.call(*home, ensure)
+            await self._pool.call(*access.home, ensure)
         except BackendError as error:
             failures = trial.failures + 1 if trial is not None and trial.error is not None else 1
             pause_s = min(_FIRST_PAUSE_S * 2 ** min(failures - 1, 10), _LAST_PAUSE_S) * random.uniform(0.8, 1.2)
@@ -313,19 +302,19 @@ class Bindings:
     def _later(self, wish: str) -> _Trial:
         return _Trial(time.monotonic() + self._settings.resync_seconds * random.uniform(0.8, 1.2), wish)
 
-    def _wish(self, home: Home, content: Mapping[str, str], tenant: Tenant, login: _Login) -> str:
+    def _wish(self, access: _Access, content: Mapping[str, str], login: SecretMarks) -> str:
         """Return a hash of all that a backend is asked to hold; it stands on the Secret, whose content it covers."""
-        config = self._pool.config(*home)
+        config = self._pool.config(*access.home)
         told = config.model_dump(mode="json", exclude={"timeout_seconds"}) if config else {}
-        rows = [[topic.name, topic.partitions, topic.retention_hours] for topic in tenant.topics]
+        rows = [[topic.name, topic.partitions, topic.retention_hours] for topic in access.tenant.topics]
         return digest([dict(content), rows, told, login.slot])
 
     async def _write_secret(
-        self, subject: Subject, kind: str, live: Object | None, content: Mapping[str, str], login: _Login
+        self, subject: Subject, kind: str, live: Object | None, content: Mapping[str, str], login: SecretMarks
     ) -> Object:
         """Make the Secret so, unless it is; nobody else may have changed it since it was read. Raises `_Refused`."""
-        manifest = desired.secret(subject, kind, content, login.marks())
-        if live is not None and is_as_wanted(manifest, live) and _Login.read(live) == login:
+        manifest = desired.secret(subject, kind, content, login.annotations())
+        if live is not None and is_as_wanted(manifest, live) and SecretMarks.read(live) == login:
             return live
         if live is not None:
             version = {"resourceVersion": live["metadata"]["resourceVersion"], "uid": live["metadata"]["uid"]}
@@ -375,7 +364,7 @@ class Bindings:
         live = self._retiring.get(place)
         if live is None:
             return None
-        login, tenant = _Login.read(live), tenant_of(subject, kind)
+        login, tenant = SecretMarks.read(live), tenant_of(subject, kind)
 
         async def drop(backend: Backend) -> None:
             await backend.drop_login(tenant, backend.username(tenant, login.retiring))
@@ -418,7 +407,7 @@ class Bindings:
         blocked: dict[Home, str] = {}
         if not is_forced:
             ordered = sorted(homes)
-            tenants = [_tenant_for_release(metadata, subject, kind) for kind, _ in ordered]
+            tenants = [tenant_to_release(metadata, subject, kind) for kind, _ in ordered]
             answers = await _all(
                 self._let_go(tenant, home, policy) for tenant, home in zip(tenants, ordered, strict=True)
             )
@@ -469,34 +458,11 @@ class Bindings:
         await self._recorder.record(subject, Happening("Normal", reason, message), datetime.now(UTC))
 
 
-def homes_of(document: Object) -> set[Home]:
-    """Return the backends that may hold something of a model."""
-    text = (document["metadata"].get("annotations") or {}).get(RECORD, "")
-    return {(kind, name) for kind, names in desired.read(text).items() for name in names if kind and name}
+def _failed(each: Asked, error: BackendError) -> BindingSeen:
+    return BindingSeen(each.kind, reason=error.reason, message=f"{each.field}: {error.message}")
 
 
-def tenant_of(subject: Subject, kind: str, *, is_last: bool = False) -> Tenant:
-    """Return what a model needs of a backend of a kind; `is_last`: everything that it may have had there."""
-    if kind != "kafka":
-        return Tenant(subject.namespace, subject.name, subject.uid)
-    kafka = subject.spec.bindings.kafka if subject.spec.bindings else None
-    names = list(desired.topics(subject).values())
-    if is_last:
-        own = [name for name in names if name.startswith(desired.topic_prefix(subject))]
-        names = list(dict.fromkeys([*own, *desired.usual_topics(subject)]))
-    partitions, hours = (kafka.partitions, kafka.retention_hours) if kafka else (1, 1)
-    topics = tuple(Topic(name, partitions, hours) for name in dict.fromkeys(names))
-    return Tenant(subject.namespace, subject.name, subject.uid, topics, desired.topic_prefix(subject).rstrip("."))
-
-
-def _tenant_for_release(metadata: Object, subject: Subject | None, kind: str) -> Tenant:
-    if subject is not None:
-        return tenant_of(subject, kind, is_last=True)
-    group = f"phoenix.{metadata['namespace']}.{metadata['name']}" if kind == "kafka" else ""
-    return Tenant(metadata["namespace"], metadata["name"], metadata["uid"], group=group)
-
-
-def _content(backend: Backend, tenant: Tenant, login: _Login, password: str) -> dict[str, str]:
+def _content(backend: Backend, tenant: Tenant, login: SecretMarks, password: str) -> dict[str, str]:
     return backend.binding(tenant, Login(backend.username(tenant, login.slot), password))
 
 
@@ -506,11 +472,6 @@ def _password() -> str:
 
 def _other(slot: str) -> str:
     return SLOTS[1] if slot == SLOTS[0] else SLOTS[0]
-
-
-def _was_bound(subject: Subject) -> bool:
-    rows = subject.status.get("conditions", [])
-    return any(row["type"] == "BindingsReady" and row["status"] == "True" for row in rows)
 
 
 def _is_foreign(subject: Subject, body: Object | None) -> bool:

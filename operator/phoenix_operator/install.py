@@ -38,6 +38,7 @@ _LABELS = {
     "app.kubernetes.io/part-of": "phoenix",
     "app.kubernetes.io/version": __version__,
 }
+_ACCOUNT: Object = {"kind": "ServiceAccount", "name": OPERATOR, "namespace": NAMESPACE}
 _SELECTOR = {"app.kubernetes.io/name": OPERATOR}
 _MODEL_PODS = {"app.kubernetes.io/part-of": "phoenix"}
 _WATCH = ["list", "watch"]
@@ -56,15 +57,9 @@ def rule(kind: Kind, verbs: Sequence[str], *, subresource: str = "", names: Sequ
     return found | ({"resourceNames": list(names)} if names else {})
 
 
-def model_rules(*, secrets: Sequence[str] | None, bindings: bool = False) -> list[Object]:
-    """Return the rights in the namespaces of models. `secrets` are the names that may be read; None: any.
-
-    With `bindings` a Secret may be kept for each binding. Its name begins with the model's, which no role can foresee,
-    so these rights are to all Secrets; and there is a finalizer to be set on models.
-    """
+def model_rules(*, secrets: Sequence[str] | None) -> list[Object]:
+    """Return the rights in the namespaces of models. `secrets` are the names that may be read; None: any."""
     readable = [] if secrets is not None and not secrets else [rule(SECRET, ["get"], names=secrets or ())]
-    if bindings:
-        readable = [rule(SECRET, ["get", "create", "patch", "delete"]), rule(PHOENIX_MODEL, ["patch"])]
     return [
         rule(PHOENIX_MODEL, _WATCH),
         rule(PHOENIX_MODEL, ["patch"], subresource="status"),
@@ -93,19 +88,38 @@ def lease_rules() -> list[Object]:
     ]
 
 
+def binding_rules() -> list[Object]:
+    """Return what bindings need in the namespaces of models: a Secret for each, and a finalizer on the model.
+
+    The Secret's name begins with the model's, which no role can foresee.
+    """
+    return [rule(SECRET, ["get", "create", "patch", "delete"]), rule(PHOENIX_MODEL, ["patch"])]
+
+
 def backend_rules(names: Sequence[str]) -> list[Object]:
     """Return the right to read the admin Secrets of backends, in the operator's own namespace."""
     return [rule(SECRET, ["get"], names=names)]
 
 
-def manifests(
-    *, namespaces: Sequence[str] = (), secrets: Sequence[str] = (), bindings: Sequence[str] = ()
-) -> list[Object]:
-    """Return everything but the CRD. Without `namespaces` the install is cluster-wide.
+def binding_manifests(bindings: Sequence[str], *, namespaces: Sequence[str] = ()) -> list[Object]:
+    """Return what an install needs besides, so that models can bind to backends with these admin Secrets.
 
-    `bindings` are the admin Secrets of backends; without any the operator may provision nothing.
+    Policies and roles add up, so that the objects of `manifests` stay as they are.
     """
-    account = {"kind": "ServiceAccount", "name": OPERATOR, "namespace": NAMESPACE}
+    name, places = f"{OPERATOR}-bindings", namespaces or (None,)
+    objects: list[Object] = []
+    for place in places:
+        objects += _granted("Role" if place else "ClusterRole", name, place, binding_rules(), _ACCOUNT)
+    objects += _granted("Role", f"{OPERATOR}-backends", NAMESPACE, backend_rules(bindings), _ACCOUNT)
+    ports = [{"protocol": "TCP", "port": port} for port in BACKEND_PORTS]
+    spec = {"podSelector": {"matchLabels": _SELECTOR}, "policyTypes": ["Egress"], "egress": [{"ports": ports}]}
+    policy = {"apiVersion": "networking.k8s.io/v1", "kind": "NetworkPolicy", "metadata": _metadata(name), "spec": spec}
+    return [*objects, policy]
+
+
+def manifests(*, namespaces: Sequence[str] = (), secrets: Sequence[str] = ()) -> list[Object]:
+    """Return everything but the CRD. Without `namespaces` the install is cluster-wide."""
+    account = _ACCOUNT
     objects: list[Object] = [
         {
             "apiVersion": "v1",
@@ -115,14 +129,11 @@ def manifests(
         {"apiVersion": "v1", "kind": "ServiceAccount", "metadata": _metadata(OPERATOR)},
         *_granted("Role", f"{OPERATOR}-lease", NAMESPACE, lease_rules(), account),
     ]
-    if bindings:
-        objects += _granted("Role", f"{OPERATOR}-backends", NAMESPACE, backend_rules(bindings), account)
     if namespaces:
         for namespace in namespaces:
-            rules = model_rules(secrets=secrets, bindings=bool(bindings))
-            objects += _granted("Role", OPERATOR, namespace, rules, account)
+            objects += _granted("Role", OPERATOR, namespace, model_rules(secrets=secrets), account)
     else:
-        rules = [*model_rules(secrets=None, bindings=bool(bindings)), *cluster_rules()]
+        rules = [*model_rules(secrets=None), *cluster_rules()]
         objects += _granted("ClusterRole", OPERATOR, None, rules, account)
         objects += aggregated_roles()
     settings = {"settings.yaml": "# See docs/reference/operator-settings.md\n{}\n"}
@@ -133,7 +144,7 @@ def manifests(
         _deployment(namespaces),
         _disruption_budget(),
         _service(),
-        _network_policy(BACKEND_PORTS if bindings else ()),
+        _network_policy(),
     ]
     return objects
 
@@ -262,9 +273,8 @@ def _service() -> Object:
     return {"apiVersion": "v1", "kind": "Service", "metadata": _metadata(OPERATOR), "spec": spec}
 
 
-def _network_policy(backend_ports: Sequence[int]) -> Object:
-    """In: scrapes and probes. Out: DNS, the API server (whose address no policy can name), models' pods, backends."""
-    to_backends = [{"ports": [{"protocol": "TCP", "port": port} for port in backend_ports]}] if backend_ports else []
+def _network_policy() -> Object:
+    """In: scrapes and probes. Out: DNS, the API server (whose address no policy can name) and the models' pods."""
     spec = {
         "podSelector": {"matchLabels": _SELECTOR},
         "policyTypes": ["Ingress", "Egress"],
@@ -278,7 +288,6 @@ def _network_policy(backend_ports: Sequence[int]) -> Object:
                 ],
                 "ports": [{"protocol": "TCP", "port": 8000}],
             },
-            *to_backends,
         ],
     }
     return {
@@ -299,6 +308,9 @@ def files(
 ) -> dict[str, str]:
     """Return the files of an install folder by name; `crd` is the text of the CRD."""
     header = "# GENERATED by `phoenix-operator manifests`: change the code, then run `make manifests`.\n"
-    install = as_yaml(manifests(namespaces=namespaces, secrets=secrets, bindings=bindings))
-    listed = yaml.safe_dump(kustomization(["phoenixmodels.yaml", "operator.yaml"]), sort_keys=False)
-    return {"phoenixmodels.yaml": crd, "operator.yaml": header + install, "kustomization.yaml": header + listed}
+    install = as_yaml(manifests(namespaces=namespaces, secrets=secrets))
+    found = {"phoenixmodels.yaml": crd, "operator.yaml": header + install}
+    if bindings:
+        found["bindings.yaml"] = header + as_yaml(binding_manifests(bindings, namespaces=namespaces))
+    listed = yaml.safe_dump(kustomization(list(found)), sort_keys=False)
+    return found | {"kustomization.yaml": header + listed}

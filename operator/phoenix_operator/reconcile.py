@@ -15,14 +15,15 @@ from pydantic import ValidationError
 
 from phoenix_api import Reason
 from phoenix_api.faults import explain, path_of
+from phoenix_operator.binding_marks import is_to_be_released
 from phoenix_operator.bindings import Bindings
 from phoenix_operator.cluster import ApiError, Cluster
 from phoenix_operator.desired import desired_objects
 from phoenix_operator.desired.accelerator import prefers
 from phoenix_operator.desired.acceptance import faults, is_left_alone
 from phoenix_operator.desired.bindings import asked
-from phoenix_operator.desired.deployment import PATIENCE_S
-from phoenix_operator.desired.naming import is_of_predecessor, is_owned
+from phoenix_operator.desired.deployment import PATIENCE_S, deployment
+from phoenix_operator.desired.naming import is_of_predecessor, is_owned, sealed
 from phoenix_operator.desired.network import path_prefix
 from phoenix_operator.desired.source import config_map_source
 from phoenix_operator.difference import is_as_wanted
@@ -48,6 +49,7 @@ from phoenix_operator.store import Key, Store
 
 _log = logging.getLogger(__name__)
 _SOON_S, _LATER_S, _REFUSED_S = 2.0, 15.0, 30.0
+_LAST_PODS_S = 60  # for pods to be ended, besides their drain and their longest request
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +102,7 @@ class Reconciler:
         if document is None or "deletionTimestamp" in document["metadata"]:
             # its children have it as owner and go with it
             self._refused.pop(key, None)
-            return None if document is None else await self._release(document)
+            return None if document is None else await self._release(key, document)
         try:
             subject = Subject.read(document)
         except ValidationError as error:
@@ -119,12 +121,14 @@ class Reconciler:
         await self._tell(subject, document, status)
         return self._look_again(key, subject, observed, not_accepted=bool(found))
 
-    async def _release(self, document: Object) -> float | None:
+    async def _release(self, key: Key, document: Object) -> float | None:
         """Let go of a model that is being deleted, once nothing of it is left on backends."""
         try:
             subject = Subject.read(document)
         except ValidationError:
             subject = None
+        if subject is not None and is_to_be_released(document) and await self._has_pods(key, subject, document):
+            return _SOON_S
         unreleased = await self._parts.bindings.release(document, subject)
         if not unreleased:
             return None
@@ -134,6 +138,36 @@ class Reconciler:
         else:
             await self._write_status(document, status)
         return _LATER_S
+
+    async def _has_pods(self, key: Key, subject: Subject, document: Object) -> bool:
+        """Have the pods end, and return whether to wait for them: what they still do needs their credentials.
+
+        One that does not end within its grace period (its node is lost) holds up no deletion.
+        """
+        store, cluster = self._parts.store, self._parts.cluster
+        children = {
+            (kind, body["metadata"]["name"]): body
+            for kind, body in store.of_model(key, CHILDREN)
+            if is_owned(subject, body)
+        }
+        pods = [pod for pod in (Pod(body) for _, body in store.of_model(key, (POD,))) if not pod.has_ended]
+        observed = Observed(children=children, pods=pods)
+        live = observed.deployment
+        if live is not None and live["spec"].get("replicas", 1) > 0:
+            wanted = deployment(subject, observed, self._parts.settings)
+            wanted["spec"]["replicas"] = 0
+            wanted = sealed(wanted)
+            wanted["metadata"]["uid"] = live["metadata"]["uid"]  # one that is gone is not made again
+            try:
+                store.put(DEPLOYMENT, await cluster.apply(DEPLOYMENT, wanted))
+            except ApiError as error:
+                if not error.is_refusal:
+                    raise
+                _log.warning("pods are not ended", extra={"model": subject.name, "cause": error.message})
+                return False
+        grace_s = subject.spec.rollout.drain_seconds + subject.spec.limits.timeout_seconds + _LAST_PODS_S
+        since = datetime.fromisoformat(document["metadata"]["deletionTimestamp"])
+        return bool(pods) and (_now() - since).total_seconds() < grace_s
 
     # --- observe -----------------------------------------------------------------------------------------------------
 

@@ -107,6 +107,12 @@ class Capabilities(ApiObject):
     manage_schemas: Flag = Field(True, description="PostgreSQL: make and drop a schema for each model.")
 
 
+def _not_zero(value: int) -> int:
+    if value == 0:
+        raise PydanticCustomError("rule", "expected -1 or at least 1")
+    return value
+
+
 class BackendSettings(ApiObject):
     """A Redis, Kafka or PostgreSQL that models may bind to by its name."""
 
@@ -117,7 +123,7 @@ class BackendSettings(ApiObject):
     )
     capabilities: Capabilities = Field(default_factory=Capabilities, description="What the operator may do on it.")
     timeout_seconds: Number = Field(10, gt=0, le=120, description="Deadline of each call to it.")
-    replication_factor: Whole = Field(
+    replication_factor: Annotated[Whole, AfterValidator(_not_zero)] = Field(
         -1, ge=-1, le=32, description="Kafka: replicas of new topics; -1 is the broker's own default."
     )
     connection_limit: Whole = Field(50, ge=1, le=10_000, description="PostgreSQL: connections of one login.")

@@ -40,7 +40,8 @@ def write_kubeconfig(server: ApiServer, file: Path, *, bindings: Sequence[str] =
     """
 
     async def grant(api: Api) -> str:
-        for manifest in install.manifests(bindings=bindings):
+        added = install.binding_manifests(bindings) if bindings else []
+        for manifest in [*install.manifests(), *added]:
             if manifest["kind"] in _PATHS:
                 path = _PATHS[manifest["kind"]].format(**manifest["metadata"])
                 await api.must("PATCH", path, manifest, kind=APPLY, fieldManager="tests", fieldValidation="Strict")

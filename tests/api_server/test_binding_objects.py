@@ -19,7 +19,8 @@ from specs import SOURCE
 from world import States
 
 from phoenix_operator.backend_pool import BackendPool
-from phoenix_operator.bindings import FINALIZER, Bindings
+from phoenix_operator.binding_marks import FINALIZER
+from phoenix_operator.bindings import Bindings
 from phoenix_operator.cluster import ApiError, Cluster, Pace
 from phoenix_operator.install import NAMESPACE as OPERATOR_NAMESPACE
 from phoenix_operator.kinds import CHILDREN, PHOENIX_MODEL, SECRET

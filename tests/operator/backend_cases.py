@@ -4,6 +4,7 @@ import asyncio
 import functools
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +14,8 @@ from phoenix_operator.backends import Backend, BackendError, Login, Tenant, make
 from phoenix_operator.settings import BackendSettings
 
 DEADLINE_S = 60
+# What it says of the rights that an admin needs is what the tests give one.
+PROVISIONING = (Path(__file__).parents[2] / "docs/bindings/provisioning.md").read_text()
 ADMIN_SECRET = "admin-of-default"
 FRAUD = Tenant("ml", "fraud", "7c1a4a3e-0001")
 CHURN = Tenant("ml", "churn", "7c1a4a3e-0002")
@@ -24,9 +27,23 @@ def on_a_loop(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., N
 
     @functools.wraps(test)
     def run(*args: Any, **kwargs: Any) -> None:
-        asyncio.run(asyncio.wait_for(test(*args, **kwargs), DEADLINE_S))
+        async def whole() -> None:
+            async with asyncio.timeout(DEADLINE_S):
+                await test(*args, **kwargs)
+                await _connections_ended()
+
+        asyncio.run(whole())
 
     return run
+
+
+async def _connections_ended() -> None:
+    """Wait for connections that say goodbye by TLS: a client that was refused does not wait for them itself."""
+    selector = asyncio.get_running_loop()._selector  # type: ignore[attr-defined]
+    while True:
+        if len(selector.get_map()) <= 1:  # one wakes the loop
+            return
+        await asyncio.sleep(0.01)
 
 
 @asynccontextmanager

@@ -4,6 +4,7 @@ import asyncio
 import functools
 import itertools
 import os
+import re
 import signal
 import time
 from collections.abc import Callable, Mapping
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from backend_cases import ADMIN_SECRET, assert_silent, login_of, on_a_loop, refused, using
+from backend_cases import ADMIN_SECRET, PROVISIONING, assert_silent, login_of, on_a_loop, refused, using
 from confluent_kafka import Consumer, KafkaError, KafkaException, Message, Producer
 from confluent_kafka.admin import (
     AclBinding,
@@ -63,7 +64,7 @@ def model(*, partitions: int = 2, hours: int = 24, namespace: str = "", name: st
 @functools.cache
 def chief(broker: KafkaBroker) -> AdminClient:
     """The admin's client: one, for what it is asked ends when it does."""
-    return broker.admin_client()
+    return AdminClient(broker.config() | {"log_level": 0})
 
 
 class Pod:
@@ -405,27 +406,33 @@ async def test_name_that_is_not_under_the_models_prefix_is_refused(secure_kafka:
 @on_a_loop
 async def test_admin_with_the_rights_that_the_docs_name_is_enough(secure_kafka: KafkaBroker) -> None:
     make_user(secure_kafka, "provisioner", "s3cret-provisioner")
-    cluster, topic, group = ResourceType.BROKER, ResourceType.TOPIC, ResourceType.GROUP
-    literal, prefixed = ResourcePatternType.LITERAL, ResourcePatternType.PREFIXED
-    of_topics = (AclOperation.CREATE, AclOperation.DESCRIBE, AclOperation.DESCRIBE_CONFIGS, AclOperation.ALTER,
-                 AclOperation.ALTER_CONFIGS, AclOperation.DELETE)  # fmt: skip
+    of_cluster, of_topics, of_group = map(rules_of, re.findall(r"^kafka-acls\.sh .*$", PROVISIONING, re.MULTILINE))
     admin = admin_of(secure_kafka, username="provisioner", password="s3cret-provisioner")
     tenant = model()
     async with using(KIND, admin) as backend:
         with refused(Reason.ACCESS_DENIED, "the admin may not Describe nor Alter the cluster; give it these rights"):
             await backend.ensure(tenant, login_of(backend, tenant))
-        rights = [(cluster, "kafka-cluster", literal, right) for right in (AclOperation.ALTER, AclOperation.DESCRIBE)]
-        give(secure_kafka, "provisioner", *rights)
+        give(secure_kafka, "provisioner", *of_cluster)
         with refused(Reason.ACCESS_DENIED, f"the admin may not look at the topic phoenix.{tenant.namespace}."):
             await backend.ensure(tenant, login_of(backend, tenant))
-        rights = [(topic, "phoenix.", prefixed, right) for right in of_topics]
-        give(secure_kafka, "provisioner", *rights, (group, "phoenix.", prefixed, AclOperation.DELETE))
+        give(secure_kafka, "provisioner", *of_topics, *of_group)
         pod = await pod_of(secure_kafka, backend, tenant)
         assert pod.produce(tenant.topics[0].name) is None
         assert isinstance(pod.consume(tenant.topics[0].name), Message)
         await pod_of(secure_kafka, backend, model(partitions=3, hours=1, namespace=tenant.namespace))
         await backend.drop_data(tenant)
     assert topics(secure_kafka, tenant) == {}
+
+
+def rules_of(command: str) -> list[Rule]:
+    """The rules that a `kafka-acls.sh` command makes."""
+    operations = [
+        AclOperation[re.sub("(?<=.)(?=[A-Z])", "_", name).upper()] for name in re.findall(r"--operation (\w+)", command)
+    ]
+    if "--cluster" in command:
+        return [(ResourceType.BROKER, "kafka-cluster", ResourcePatternType.LITERAL, right) for right in operations]
+    [(kind, name)] = re.findall(r"--(topic|group) (\S+) --resource-pattern-type prefixed", command)
+    return [(ResourceType[kind.upper()], name, ResourcePatternType.PREFIXED, right) for right in operations]
 
 
 @on_a_loop
@@ -533,12 +540,12 @@ async def test_backend_that_is_down_hangs_or_is_back_again(
         async with using(KIND, admin, timeoutSeconds=1) as backend:
             login = login_of(backend, tenant)
             proxy.set("refuse")
-            with refused(Reason.BACKEND_UNREACHABLE, where, "Connection refused, within 1 s; see that it runs"):
+            with refused(Reason.BACKEND_UNREACHABLE, where, "Connection refused; see that it runs"):
                 await backend.ensure(tenant, login)
             proxy.set("hang")
             for work in (backend.ensure(tenant, login), backend.drop_data(tenant),
                          backend.drop_login(tenant, login.username)):  # fmt: skip
-                with refused(Reason.BACKEND_UNREACHABLE, f"{where}no answer in time, within 1 s"):
+                with refused(Reason.BACKEND_UNREACHABLE, f"{where}no answer within 1 s; see that it runs"):
                     await work
             proxy.set("reset")
             with refused(Reason.BACKEND_UNREACHABLE, where):

@@ -1,6 +1,9 @@
 """PostgreSQL as the operator provisions it, on the real one."""
 
+import asyncio
+import re
 import secrets as random
+import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -11,6 +14,7 @@ from backend_cases import (
     CHURN,
     FRAUD,
     FRAUD_ELSEWHERE,
+    PROVISIONING,
     assert_silent,
     login_of,
     on_a_loop,
@@ -19,7 +23,7 @@ from backend_cases import (
 )
 from faulty_proxy import proxy_to
 from psycopg import errors, sql
-from services import PostgresServer
+from services import DEADLINE_S, PostgresServer
 
 from phoenix_api import Reason
 from phoenix_operator.backends import Backend, Login, Tenant
@@ -44,19 +48,18 @@ def admin_of(server: PostgresServer, database: str, **others: str) -> dict[str, 
 
 @pytest.fixture(params=["superuser", "createrole"])
 def admin(request: pytest.FixtureRequest, secure_postgres: PostgresServer) -> Iterator[Admin]:
-    """The admin Secret of a fresh database: the superuser's, or that of a role with CREATEROLE and CREATEDB only."""
+    """The admin Secret of a fresh database: the superuser's, or that of a role with the rights of the docs."""
     if request.param == "superuser":
         yield admin_of(secure_postgres, secure_postgres.fresh_database())
     else:
         name, password = f"provisioner_{random.token_hex(4)}", random.token_hex(16)
+        [statements] = re.findall(r"```sql\n(.*?)```", PROVISIONING, re.DOTALL)
+        for old, new in (("phoenix_admin", name), ("…", password), ("models", f"of_{name}")):
+            statements = statements.replace(old, new)
         with secure_postgres.connect() as connection:
-            connection.execute(
-                sql.SQL("CREATE ROLE {} LOGIN CREATEROLE CREATEDB PASSWORD {}").format(sql.Identifier(name), password)
-            )
-        login = {"username": name, "password": password}
-        with psycopg.connect(secure_postgres.url(**login), autocommit=True) as connection:
-            connection.execute(sql.SQL("CREATE DATABASE {}").format(sql.Identifier(f"of_{name}")))
-        yield admin_of(secure_postgres, f"of_{name}", **login)
+            for statement in filter(None, statements.splitlines()):
+                connection.execute(sql.SQL(statement))
+        yield admin_of(secure_postgres, f"of_{name}", username=name, password=password)
     with secure_postgres.connect() as connection:  # roles are of all databases
         left = connection.execute("SELECT rolname FROM pg_roles WHERE rolname LIKE 'phx\\_%'").fetchall()
         databases = connection.execute("SELECT datname FROM pg_database WHERE datname ~ '^(of|test)_'").fetchall()
@@ -364,6 +367,30 @@ async def test_backend_that_is_down_slow_or_back_again(
             await backend.ensure(FRAUD, login)
             await backend.drop_data(FRAUD)
     assert_silent(everything_logged, admin["password"])
+
+
+@on_a_loop
+async def test_database_that_stops_in_the_middle_is_not_waited_for(secure_postgres: PostgresServer) -> None:
+    admin = admin_of(secure_postgres, secure_postgres.fresh_database())
+    lock = "SELECT pg_advisory_lock(hashtextextended('phx_ml_fraud', 0))"
+    with proxy_to(secure_postgres.port) as proxy, secure_postgres.connect(admin["database"]) as somebody:
+        somebody.execute(lock)
+        async with using(KIND, {**admin, "port": str(proxy.port)}, timeoutSeconds=1) as backend:
+            with refused(Reason.BACKEND_UNREACHABLE, "no answer within 1 s"):
+                await backend.ensure(FRAUD, login_of(backend, FRAUD))
+            work = asyncio.create_task(backend.ensure(FRAUD, login_of(backend, FRAUD)))
+            await asyncio.to_thread(wait_until_waiting, somebody)
+            proxy.set("hang")
+            with refused(Reason.BACKEND_UNREACHABLE, "no answer within 1 s"):
+                await work
+    assert facts(secure_postgres, admin["database"]) == {"roles": {}, "schemas": []}
+
+
+def wait_until_waiting(connection: psycopg.Connection[Any]) -> None:
+    until = time.monotonic() + DEADLINE_S
+    while not connection.execute("SELECT FROM pg_locks WHERE locktype = 'advisory' AND NOT granted").fetchall():
+        assert time.monotonic() < until
+        time.sleep(0.01)
 
 
 @on_a_loop

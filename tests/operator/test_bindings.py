@@ -5,6 +5,7 @@ import base64
 import itertools
 from collections.abc import Callable, Coroutine
 from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
@@ -12,10 +13,10 @@ from memory_cluster import Call
 from objects import NAMESPACE, OPERATOR_NAMESPACE, loaded
 from world import KEY, World
 
-from phoenix_operator import bindings
+from phoenix_operator import binding_marks as bindings
 from phoenix_operator.cluster import ApiError
 from phoenix_operator.kinds import DEPLOYMENT, NETWORK_POLICY, PHOENIX_MODEL, POD, SECRET
-from phoenix_operator.observed import Object
+from phoenix_operator.observed import Object, stamp
 from phoenix_operator.settings import Settings
 from phoenix_operator.trouble import REASONS
 
@@ -262,6 +263,72 @@ def test_deletion_takes_what_the_policy_says(policy: str, is_up: bool, is_forced
         await world.reconcile()
         assert (PHOENIX_MODEL, *KEY) not in world.cluster.objects
         assert [service.logins for service in homes] == [{}, {}, {}]
+
+    asyncio.run(main())
+
+
+def test_pods_end_with_their_credentials_before_these_are_taken_away() -> None:
+    async def main() -> None:
+        world = World(SETTINGS)
+        world.create(**ALL)
+        await serving(world)
+        given = values(world, "redis")
+        world.delete(at=stamp(datetime.now(UTC)))
+        assert await world.reconcile() == 2.0
+        assert world.child(DEPLOYMENT)["spec"]["replicas"] == 0
+        assert world.services["redis", "default"].works(given), "pods that drain still need it"
+        world.cluster.take_writes()
+        assert await world.reconcile() == 2.0
+        assert world.cluster.writes == []
+        for body in world.cluster.of_kind(POD):
+            world.cluster.remove(POD, body["metadata"]["name"])
+        await world.reconcile()
+        assert (PHOENIX_MODEL, *KEY) not in world.cluster.objects
+        assert not world.services["redis", "default"].works(given)
+
+    asyncio.run(main())
+
+
+def test_pod_of_a_lost_node_holds_up_no_deletion() -> None:
+    async def main() -> None:
+        world = World(SETTINGS)
+        world.create(**ALL)
+        await serving(world)
+        world.delete(at=stamp(datetime.now(UTC) - timedelta(seconds=10 + 30 + 61)))
+        await world.reconcile()
+        assert (PHOENIX_MODEL, *KEY) not in world.cluster.objects
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("code", [403, 422])
+def test_deployment_that_may_not_be_changed_holds_up_no_deletion(code: int) -> None:
+    async def main() -> None:
+        world = World(SETTINGS)
+        world.create(**ALL)
+        await serving(world)
+
+        def refuse(call: Call) -> None:
+            if (call.kind, call.verb) == (DEPLOYMENT, "patch"):
+                raise ApiError(code, "Forbidden", "no")
+
+        world.cluster.refuse = refuse
+        world.delete(at=stamp(datetime.now(UTC)))
+        await world.reconcile()
+        assert (PHOENIX_MODEL, *KEY) not in world.cluster.objects
+
+    asyncio.run(main())
+
+
+def test_password_that_somebody_empties_is_made_again() -> None:
+    async def main() -> None:
+        world = World(SETTINGS)
+        world.create(**REDIS)
+        await serving(world)
+        world.cluster.edit(SECRET, "fraud-redis", lambda body: body["data"].update(password=""))
+        await world.reconcile()
+        assert len(values(world, "redis")["password"]) > 20
+        assert world.services["redis", "default"].works(values(world, "redis"))
 
     asyncio.run(main())
 
@@ -575,6 +642,8 @@ async def test_admin_secret_that_is_missing_or_says_too_little_is_named(world: W
     assert (status, reason) == ("False", "SecretMissing")
     assert "Secret phoenix-system/redis-admin of backend default does not exist" in message
     assert (DEPLOYMENT, *KEY) not in world.cluster.objects
+    document = world.cluster.objects[PHOENIX_MODEL, *KEY]
+    assert ("redis", "default") not in bindings.homes_of(document), "nothing of it can be there"
     world.secret("redis-admin", OPERATOR_NAMESPACE, password="x")
     world.start()
     await world.reconcile()

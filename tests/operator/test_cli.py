@@ -34,23 +34,39 @@ def render(capsys: pytest.CaptureFixture[str], *arguments: Any) -> tuple[int, li
     return code, list(yaml.safe_load_all(told.out)), told.err
 
 
+@pytest.fixture
+def settings(tmp_path: Path) -> Path:
+    """Settings with the backends that examples bind to."""
+    rows = [
+        {"name": "default", "kind": kind, "adminSecretRef": {"name": f"{kind}-admin"}}
+        for kind in ("redis", "kafka", "postgresql")
+    ]
+    file = tmp_path / "settings-with-backends.yaml"
+    file.write_text(yaml.safe_dump({"backends": rows}))
+    return file
+
+
+def without_secrets(objects: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [body for body in objects if body["kind"] != "Secret"]
+
+
 @pytest.mark.parametrize("manifest", EXAMPLES, ids=lambda file: file.parent.name)
-def test_every_example_is_rendered(manifest: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    code, objects, told = render(capsys, manifest)
+def test_every_example_is_rendered(manifest: Path, settings: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, objects, told = render(capsys, manifest, "--settings", settings)
     assert (code, told) == (0, "")
-    assert [body["kind"] for body in objects] == [
+    assert [body["kind"] for body in without_secrets(objects)] == [
         *("ServiceAccount", "ConfigMap", "NetworkPolicy", "Service", "Service", "Deployment"),
     ]
     name = yaml.safe_load(manifest.read_text())["metadata"]["name"]
     assert objects[-1]["metadata"]["name"] == name
 
 
-def test_folder_is_rendered_whole_and_as_a_program(capsys: pytest.CaptureFixture[str]) -> None:
-    done = program("render", str(ROOT / "examples"))
+def test_folder_is_rendered_whole_and_as_a_program(settings: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    done = program("render", str(ROOT / "examples"), "--settings", str(settings))
     assert (done.returncode, done.stderr) == (0, "")
     documents = list(yaml.safe_load_all(done.stdout))
-    assert len(documents) == 6 * len(EXAMPLES)
-    assert render(capsys, *EXAMPLES)[1] == documents
+    assert len(without_secrets(documents)) == 6 * len(EXAMPLES)
+    assert render(capsys, *EXAMPLES, "--settings", settings)[1] == documents
 
 
 def test_rendering_heeds_the_settings(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -245,6 +261,7 @@ def test_backend_that_no_settings_name_is_told_when_rendering(
 
 def test_manifests_with_bindings_have_the_rights(tmp_path: Path) -> None:
     assert main(["manifests", str(tmp_path), "--bindings", "redis-admin,kafka-admin"]) == 0
-    text = (tmp_path / "operator.yaml").read_text()
+    assert "- bindings.yaml" in (tmp_path / "kustomization.yaml").read_text()
+    text = (tmp_path / "bindings.yaml").read_text()
     assert "phoenix-operator-backends" in text
     assert "- kafka-admin" in text

@@ -233,7 +233,7 @@ def test_namespaced_rights_are_those_that_are_used(tmp_path: Path, monkeypatch: 
 
 def test_rights_of_bindings_are_those_that_are_used() -> None:
     plain = install.model_rules(secrets=None)
-    rules = install.model_rules(secrets=None, bindings=True)
+    rules = [*plain, *install.binding_rules()]
     own_rules = install.backend_rules(["redis-admin", "kafka-admin", "postgresql-admin"])
     cluster = MemoryCluster(OPTIONAL)
     denied: list[Call] = []
@@ -284,8 +284,15 @@ def test_model_whose_secret_may_not_be_read_is_served_all_the_same(secrets: tupl
 # --- what is never granted -------------------------------------------------------------------------------------------
 
 
+def manifests(*, bindings: Sequence[str] = (), **options: Any) -> list[Object]:
+    """Return the whole install, with what bindings need."""
+    places = options.get("namespaces", ())
+    added = install.binding_manifests(bindings, namespaces=places) if bindings else []
+    return [*install.manifests(**options), *added]
+
+
 def roles(**options: Any) -> list[Object]:
-    return [body for body in install.manifests(**options) if body["kind"] in ("Role", "ClusterRole")]
+    return [body for body in manifests(**options) if body["kind"] in ("Role", "ClusterRole")]
 
 
 def rules_of(bodies: Iterable[Object]) -> list[Object]:
@@ -330,7 +337,7 @@ def test_namespaced_install_has_roles_only_and_reads_the_secrets_that_it_is_told
 
 @each_variant
 def test_every_role_is_bound_to_the_operator_and_nobody_else(options: dict[str, Any]) -> None:
-    bodies = install.manifests(**options)
+    bodies = manifests(**options)
     bindings = [body for body in bodies if body["kind"].endswith("Binding")]
     bound = {(body["roleRef"]["kind"], body["metadata"].get("namespace"), body["roleRef"]["name"]) for body in bindings}
     own = {
@@ -344,12 +351,12 @@ def test_every_role_is_bound_to_the_operator_and_nobody_else(options: dict[str, 
 
 
 def test_admin_secrets_are_read_by_name_in_the_operators_namespace_only() -> None:
-    bodies = install.manifests(namespaces=["ml"], bindings=["redis-admin", "kafka-admin"])
+    bodies = manifests(namespaces=["ml"], bindings=["redis-admin", "kafka-admin"])
     (role,) = (body for body in bodies if body["kind"] == "Role" and body["metadata"]["name"].endswith("-backends"))
     assert role["metadata"]["namespace"] == install.NAMESPACE
     (rule,) = role["rules"]
     assert (rule["verbs"], rule["resourceNames"]) == (["get"], ["redis-admin", "kafka-admin"])
-    (policy,) = (body for body in bodies if body["kind"] == "NetworkPolicy")
+    (policy,) = (body for body in bodies if body["kind"] == "NetworkPolicy" and "ingress" not in body["spec"])
     ports = {row["port"] for row in policy["spec"]["egress"][-1]["ports"]}
     assert ports == set(install.BACKEND_PORTS)
 
@@ -376,13 +383,13 @@ def test_builtin_roles_are_extended_with_models_and_nothing_else() -> None:
 @pytest.mark.parametrize("version", ["1.34", "1.35", "1.36", "1.37"])
 @each_variant
 def test_manifests_of_the_operator_are_valid(options: dict[str, Any], version: str) -> None:
-    for body in install.manifests(**options):
+    for body in manifests(**options):
         kubernetes_validate.validate(body, version, strict=True)
 
 
 @each_variant
 def test_operator_itself_passes_the_restricted_standard(options: dict[str, Any]) -> None:
-    (deployment,) = (body for body in install.manifests(**options) if body["kind"] == "Deployment")
+    (deployment,) = (body for body in manifests(**options) if body["kind"] == "Deployment")
     pod = deployment["spec"]["template"]["spec"]
     assert violations(pod) == []
     (container,) = pod["containers"]
@@ -404,4 +411,5 @@ def test_folder_for_kubectl_names_every_file(options: dict[str, Any]) -> None:
     files = install.files("kind: CustomResourceDefinition\n", **options)
     listed = yaml.safe_load(files["kustomization.yaml"])["resources"]
     assert sorted([*listed, "kustomization.yaml"]) == sorted(files)
-    assert list(yaml.safe_load_all(files["operator.yaml"])) == install.manifests(**options)
+    texts = [files[name] for name in ("operator.yaml", "bindings.yaml") if name in files]
+    assert [body for text in texts for body in yaml.safe_load_all(text)] == manifests(**options)

@@ -15,6 +15,10 @@ def written(folder: Path, values: Any) -> Path:
     return file
 
 
+def backend(**values: Any) -> dict[str, Any]:
+    return {"name": "default", "kind": "redis", "adminSecretRef": {"name": "redis-admin"}, **values}
+
+
 def fault(folder: Path, values: Any) -> str:
     file = written(folder, values)
     with pytest.raises(SettingsError) as caught:
@@ -65,13 +69,28 @@ def test_file_is_read_in_the_spelling_of_the_api(tmp_path: Path) -> None:
         ({"acceleratorProfiles": {"l4": {"tolerations": [{"tolerationSeconds": -1}]}}}, "tolerationSeconds"),
         ({"acceleratorProfiles": {"L4": {}}}, "L4"), ({"extraEgress": {}}, "extraEgress"),
         ({"server_image": "python spelling"}, "server_image"), ({"fromTheFuture": 1}, "fromTheFuture"),
-        ({"routes": {"fromTheFuture": 1}}, "routes.fromTheFuture"),
+        ({"routes": {"fromTheFuture": 1}}, "routes.fromTheFuture"), ({"backends": {}}, "backends"),
+        ({"backends": [backend(kind="mysql")]}, "backends.0.kind"),
+        ({"backends": [backend(name="")]}, "backends.0.name"),
+        ({"backends": [{"name": "x", "kind": "redis"}]}, "backends.0.adminSecretRef"),
+        ({"backends": [backend(password="p")]}, "backends.0.password"),
+        ({"backends": [backend(timeoutSeconds=0)]}, "backends.0.timeoutSeconds"),
+        ({"backends": [backend(replicationFactor=0)]}, "backends.0.replicationFactor"),
+        ({"backends": [backend(capabilities={"manageUsers": "no"})]}, "backends.0.capabilities.manageUsers"),
+        ({"backends": [backend(), backend()]}, "expected each kind and name once, got redis default twice"),
     ],
 )  # fmt: skip
 def test_wrong_field_is_named(tmp_path: Path, values: dict[str, Any], path: str) -> None:
     message = fault(tmp_path, values)
     assert path in message
     assert "; " not in message, "and no other"
+
+
+def test_backends_of_different_kinds_may_share_a_name(tmp_path: Path) -> None:
+    values = {"backends": [backend(), backend(kind="kafka", capabilities={"manageAcls": False})]}
+    redis, kafka = read_settings(written(tmp_path, values)).backends
+    assert (redis.kind, redis.capabilities.manage_acls, redis.admin_secret_ref.name) == ("redis", True, "redis-admin")
+    assert (kafka.kind, kafka.capabilities.manage_acls, kafka.replication_factor) == ("kafka", False, -1)
 
 
 def test_every_wrong_field_is_named_at_once(tmp_path: Path) -> None:

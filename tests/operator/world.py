@@ -109,10 +109,10 @@ class World:
         change = lambda body: body["metadata"].setdefault("annotations", {}).update(rows)  # noqa: E731
         self.cluster.edit(PHOENIX_MODEL, NAME, change)
 
-    def delete(self, name: str = NAME) -> None:
+    def delete(self, name: str = NAME, *, at: str = "2026-11-24T12:00:00Z") -> None:
         """Delete the model: with a finalizer it stays until that is gone."""
         if self.cluster.objects[PHOENIX_MODEL, NAMESPACE, name]["metadata"].get("finalizers"):
-            mark = lambda body: body["metadata"].update(deletionTimestamp="2026-11-24T12:00:00Z")  # noqa: E731
+            mark = lambda body: body["metadata"].update(deletionTimestamp=at)  # noqa: E731
             self.cluster.edit(PHOENIX_MODEL, name, mark)
         else:
             self.cluster.remove(PHOENIX_MODEL, name)

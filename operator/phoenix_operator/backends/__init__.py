@@ -18,6 +18,7 @@ def make_backend(config: BackendSettings, admin: Mapping[str, str]) -> Backend:
     `admin` is its admin Secret, decoded, in the layout of the Service Binding specification. Raises
     `BackendError(SecretMissing)` that names the keys that the Secret lacks.
     """
+    admin = {key: value.strip("\r\n") for key, value in admin.items()}  # Secrets made of files end with a line's end
     if config.kind is BackendKind.REDIS:
         from phoenix_operator.backends.redis import RedisBackend
 

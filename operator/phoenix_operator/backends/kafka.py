@@ -10,13 +10,14 @@ import json
 import signal
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from phoenix_api import Reason
 from phoenix_operator.backends.contract import SLOTS, BackendError, Login, Tenant, required
 from phoenix_operator.settings import BackendSettings
 
-_PROCESSES = 4
+_PROCESSES = 2  # of 33 MB each, in the memory of the operator
 _START_S = 10.0  # a process that has not begun to work by then, beyond the deadline of the work, does not run well
 _USER_MECHANISM = "SCRAM-SHA-512"
 _MECHANISMS = ("PLAIN", "SCRAM-SHA-256", _USER_MECHANISM)
@@ -164,7 +165,7 @@ class KafkaBackend:
             return
         reason = Reason[answer["reason"]]
         if reason is Reason.BACKEND_UNREACHABLE:
-            raise self._unreachable(f"{answer['message']}, within {timeout_s:g} s")
+            raise self._unreachable(answer["message"] or f"no answer within {timeout_s:g} s")
         raise BackendError(reason, f"{self._where}: {answer['message'] or self._refused}")
 
     @property
@@ -205,7 +206,8 @@ def _refuse_foreign_names(tenant: Tenant) -> None:
 async def _run(request: bytes, *, timeout_s: float) -> tuple[bytes, int | None]:
     """Run the worker; return what it says and its exit code, or None for one that was ended at the deadline."""
     process = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "phoenix_operator.backends.kafka_admin",
+        # -P: the folder of the file, with its `redis.py`, is no place to import from
+        sys.executable, "-P", Path(__file__).with_name("kafka_admin.py"),
         stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.DEVNULL,
     )  # fmt: skip
     try:

@@ -1,12 +1,13 @@
 """One piece of work on a Kafka cluster, in a process of its own: JSON comes in by stdin, JSON goes out by stdout.
 
-librdkafka can abort the process that it lives in (seen: SCRAM and ACL calls to a broker that is none), so the
-operator runs `python -m phoenix_operator.backends.kafka_admin` for each piece and ends it at the deadline. Secrets come
-by stdin: arguments and environment can be read by others. This is the only module that knows `confluent_kafka`.
+librdkafka can abort the process that it lives in (seen: SCRAM calls of an admin without rights, answers that come
+late), so the operator runs this file for each piece of work and ends it at the deadline. Secrets come by stdin:
+arguments and environment can be read by others. This is the only module that knows `confluent_kafka`, and it knows
+nothing of the project, whose packages take three times as long to load as the work takes.
 
 In: `{"client": {…}, "deadline_s": …, "work": "ensure" | "drop_logins" | "drop_data", …}`, the rest are the arguments of
 the function of that name. Out: `{}`, or `{"reason": …, "message": …}` with a member's name of `phoenix_api.Reason`;
-`AccessDenied` without a message says that the login itself is refused.
+without a message `ACCESS_DENIED` says that the login itself is refused, `BACKEND_UNREACHABLE` that nothing came.
 """
 
 import json
@@ -15,7 +16,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterable
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from typing import Any, NamedTuple, TypeVar
 
 from confluent_kafka import KafkaError, KafkaException, TopicCollection
@@ -38,9 +39,6 @@ from confluent_kafka.admin import (
     UserScramCredentialDeletion,
     UserScramCredentialUpsertion,
 )
-
-from phoenix_api import Reason
-from phoenix_operator.backends.contract import BackendError
 
 T = TypeVar("T")
 _Rule = tuple[ResourceType, str, ResourcePatternType, AclOperation]
@@ -79,8 +77,16 @@ _KEPT: list["Connection"] = []
 _NO_PARTITIONS = _Partitions(0, 0)
 
 
+class Failure(Exception):
+    """What the process answers where it cannot do its work."""
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.reason, self.message = reason, message
+
+
 class Connection:
-    """The admin client of one login, until a deadline (of `time.monotonic`). Its errors are `BackendError`s."""
+    """The admin client of one login, until a deadline (of `time.monotonic`). Its errors are `Failure`."""
 
     def __init__(self, client: dict[str, Any], *, until: float) -> None:
         self._until, self._trouble, self.is_refused = until, "", False
@@ -103,36 +109,40 @@ class Connection:
         return self._until - time.monotonic()
 
     def done(self, future: "Future[T]", doing: str) -> T:
-        """Return the result of a call; `doing` completes "may not …". Raises `BackendError` or `KafkaException`.
+        """Return the result of a call; `doing` completes "may not …". Raises `Failure` or `KafkaException`.
 
-        The errors that a caller knows what to do with (`KafkaError.name`) come as they are.
+        The errors that a caller knows what to do with come as they are.
         """
-        while not future.done():
-            self.admin.poll(_POLL_S)
+        while not wait([future], timeout=_POLL_S).done:
+            self.admin.poll(0)  # which brings what `_on_error` is told
             if self.is_refused:
-                raise BackendError(Reason.ACCESS_DENIED, "")
+                raise Failure("ACCESS_DENIED", "")
             if self.left_s <= 0:
-                raise BackendError(Reason.BACKEND_UNREACHABLE, self._trouble or "no answer in time")
+                raise self.silence()
         try:
             return future.result()
         except KafkaException as exception:
             error = exception.args[0]
             if error.code() in _DENIED:
                 words = KafkaError(error.code()).str()  # a controller's own are a page of its internals
-                raise BackendError(Reason.ACCESS_DENIED, f"the admin may not {doing}: {words}") from None
+                raise Failure("ACCESS_DENIED", f"the admin may not {doing}: {words}") from None
             if error.code() in (KafkaError.POLICY_VIOLATION, KafkaError.UNSUPPORTED_VERSION):
-                raise BackendError(Reason.ACCESS_DENIED, f"the broker refuses to {doing}: {error.str()}") from None
+                raise Failure("ACCESS_DENIED", f"the broker refuses to {doing}: {error.str()}") from None
             if error.code() in _SILENT:
-                raise BackendError(Reason.BACKEND_UNREACHABLE, self._trouble or error.str()) from None
+                raise self.silence() from None
             raise
 
+    def silence(self) -> Failure:
+        """Return what to say where the broker says nothing: the last trouble with it, if there was one."""
+        return Failure("BACKEND_UNREACHABLE", self._trouble)
+
     def greet(self, *needs: AclOperation) -> None:
-        """Return once the broker answers to this login. Raises `BackendError` if it lacks rights on the cluster."""
+        """Return once the broker answers to this login. Raises `Failure` if it lacks rights on the cluster."""
         call = self.admin.describe_cluster(include_authorized_operations=bool(needs), request_timeout=self._request_s)
         found = self.done(call, "describe the cluster")
         if missing := [right.name.capitalize() for right in needs if right not in (found.authorized_operations or ())]:
-            raise BackendError(
-                Reason.ACCESS_DENIED, f"the admin may not {' nor '.join(missing)} the cluster; give it these rights"
+            raise Failure(
+                "ACCESS_DENIED", f"the admin may not {' nor '.join(missing)} the cluster; give it these rights"
             )
 
     @property
@@ -245,8 +255,8 @@ def _works(connection: Connection, login: dict[str, Any]) -> bool:
     attempt = Connection(login, until=time.monotonic() + connection.left_s)
     try:
         attempt.greet()
-    except BackendError as error:
-        if error.reason is Reason.ACCESS_DENIED and connection.left_s > 0:
+    except Failure as error:
+        if error.reason == "ACCESS_DENIED" and connection.left_s > 0:
             return False
         raise
     return True
@@ -305,14 +315,14 @@ def _delete_acls(connection: Connection, username: str, acls: set[AclBinding]) -
 def _ensure_topics(
     connection: Connection, wanted: list[dict[str, Any]], *, is_managed: bool, replication_factor: int
 ) -> None:
-    """Make topics, widen them, set their retention. Raises `BackendError(TopicMismatch)` with all that cannot be."""
+    """Make topics, widen them, set their retention. Raises `Failure` with all that cannot be."""
     names = [topic["name"] for topic in wanted]
     found = _described(connection, names)
     missing = [topic for topic in wanted if topic["name"] not in found]
     if not is_managed:
         if missing:
             listed = ", ".join(f"{topic['name']} ({topic['partitions']} partitions)" for topic in missing)
-            raise BackendError(Reason.TOPIC_MISMATCH, f"missing topics: {listed}; make them, or switch manageTopics on")
+            raise Failure("TOPIC_MISMATCH", f"missing topics: {listed}; make them, or switch manageTopics on")
         return
     _create(connection, missing, replication_factor)
     narrow = [topic for topic in wanted if topic["name"] in found and found[topic["name"]].all < topic["partitions"]]
@@ -324,7 +334,7 @@ def _ensure_topics(
     for topic in missing + narrow:
         while _described(connection, [topic["name"]]).get(topic["name"], _NO_PARTITIONS).led < topic["partitions"]:
             if connection.left_s <= 0:
-                raise BackendError(Reason.BACKEND_UNREACHABLE, f"the topic {topic['name']} has no leaders yet")
+                raise Failure("BACKEND_UNREACHABLE", f"the topic {topic['name']} has no leaders yet")
             time.sleep(_POLL_S)
     wide = [
         (topic, found[topic["name"]].all)
@@ -333,8 +343,8 @@ def _ensure_topics(
     ]
     if wide:
         listed = "; ".join(f"{topic['name']} has {has} partitions, not {topic['partitions']}" for topic, has in wide)
-        raise BackendError(
-            Reason.TOPIC_MISMATCH,
+        raise Failure(
+            "TOPIC_MISMATCH",
             f"{listed}. Partitions cannot be taken away: ask for {max(has for _, has in wide)}, or delete the topic, "
             "with its records, to have it made anew",
         )
@@ -356,9 +366,7 @@ def _create(connection: Connection, topics: list[dict[str, Any]], replication_fa
         try:
             _done_unless(connection, future, f"make the topic {name}", KafkaError.TOPIC_ALREADY_EXISTS)
         except KafkaException as exception:
-            raise BackendError(
-                Reason.TOPIC_MISMATCH, f"the topic {name} cannot be made: {exception.args[0].str()}"
-            ) from None
+            raise Failure("TOPIC_MISMATCH", f"the topic {name} cannot be made: {exception.args[0].str()}") from None
 
 
 def _keep_retention(connection: Connection, topics: list[dict[str, Any]]) -> None:
@@ -396,11 +404,11 @@ def _described(connection: Connection, names: list[str]) -> dict[str, _Partition
 
 def _topics_under(connection: Connection, prefix: str) -> list[str]:
     if connection.left_s <= 0:
-        raise BackendError(Reason.BACKEND_UNREACHABLE, f"topics of {prefix}* are still being deleted")
+        raise Failure("BACKEND_UNREACHABLE", f"topics of {prefix}* are still being deleted")
     try:
         known = connection.admin.list_topics(timeout=connection.left_s).topics
-    except KafkaException as exception:
-        raise BackendError(Reason.BACKEND_UNREACHABLE, exception.args[0].str()) from None
+    except KafkaException:
+        raise connection.silence() from None
     return sorted(name for name in known if name.startswith(prefix))
 
 
@@ -426,13 +434,13 @@ def answer(request: dict[str, Any]) -> dict[str, str]:
     work = _WORK[request.pop("work")]
     try:
         work(Connection(request.pop("client"), until=until), **request)
-    except BackendError as denied:
-        return {"reason": denied.reason.name, "message": denied.message}
+    except Failure as denied:
+        return {"reason": denied.reason, "message": denied.message}
     except KafkaException as exception:
         error = exception.args[0]
         is_open = error.code() == KafkaError.SECURITY_DISABLED
         words = "the broker has no authorizer; switch manageAcls off" if is_open else f"refuses: {error.str()}"
-        return {"reason": Reason.ACCESS_DENIED.name, "message": words}
+        return {"reason": "ACCESS_DENIED", "message": words}
     return {}
 
 

@@ -9,10 +9,12 @@ A schema carries the uid of its model in its comment. One that another model's l
 
 import asyncio
 import hashlib
+import os
 import re
+import socket
 import tempfile
 from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import quote
@@ -26,6 +28,7 @@ from phoenix_operator.backends.contract import SLOTS, BackendError, Login, Tenan
 from phoenix_operator.settings import BackendSettings
 
 _CONNECTIONS = 4
+_GRACE_S = 1.0
 _LONGEST = 61  # of the 63 bytes that a name may have: a login adds its slot
 _HASH_DIGITS = 12
 _SSL_MODES = ("disable", "allow", "prefer", "require", "verify-ca", "verify-full")
@@ -221,19 +224,28 @@ class PostgresBackend:
     @asynccontextmanager
     async def _asked(self, doing: str) -> AsyncIterator[_Connection]:
         """A transaction of the admin's with a deadline, whose errors have a reason. `doing` completes "may not …"."""
-        async with self._turns, self._told(doing):
+        loop = asyncio.get_running_loop()
+        async with self._turns, self._told(doing) as limit:
             connection = await self._connect(Login(self._admin["username"], self._admin.get("password", "")))
+            deadline = limit.when() or loop.time()
+            limit.reschedule(deadline + _GRACE_S)
+            late = loop.call_at(deadline, _cut, connection)
             try:
                 yield connection
                 await connection.commit()
+            except psycopg.OperationalError:
+                if loop.time() >= deadline:
+                    raise TimeoutError from None
+                raise
             finally:
+                late.cancel()
                 await connection.close()  # which rolls back, and waits for nobody
 
     @asynccontextmanager
-    async def _told(self, doing: str) -> AsyncIterator[None]:
+    async def _told(self, doing: str) -> AsyncIterator[asyncio.Timeout]:
         try:
-            async with asyncio.timeout(self._config.timeout_seconds):
-                yield
+            async with asyncio.timeout(self._config.timeout_seconds) as limit:
+                yield limit
         except (TimeoutError, errors.QueryCanceled, errors.LockNotAvailable, errors.ConnectionTimeout):
             raise self._unreachable(f"no answer within {self._config.timeout_seconds:g} s") from None
         except errors.InsufficientPrivilege as error:
@@ -436,6 +448,12 @@ def _file(certificates: str) -> Any:
     file.write(certificates.encode())
     file.flush()
     return file
+
+
+def _cut(connection: _Connection) -> None:
+    """End the connection under whoever waits for it: psycopg, when cancelled, asks the server twice, 5 s each."""
+    with socket.socket(fileno=os.dup(connection.fileno())) as line, suppress(OSError):
+        line.shutdown(socket.SHUT_RDWR)
 
 
 def _words(error: Exception) -> str:

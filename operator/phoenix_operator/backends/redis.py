@@ -9,9 +9,9 @@ MONITOR nor the slow log sees the password. ACLs are of one node and, without `a
 import asyncio
 import hashlib
 import logging
-import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
+from time import monotonic
 from typing import Any
 from urllib.parse import quote
 
@@ -125,7 +125,7 @@ class RedisBackend:
         """Unlink every key of the prefix. Raises `BackendError`: also if time is up, and the next call goes on."""
         for slot in SLOTS:
             await self.drop_login(tenant, self.username(tenant, slot))
-        prefix, until = _prefix(tenant), time.monotonic() + self._config.timeout_seconds
+        prefix, until = _prefix(tenant), monotonic() + self._config.timeout_seconds
         cursor = self._cursors.pop(prefix, 0)
         while True:
             async with self._asked(f"delete the keys of {prefix}*"):
@@ -134,7 +134,7 @@ class RedisBackend:
                     await self._client.unlink(*keys)
             if cursor == 0:
                 return
-            if time.monotonic() > until:
+            if monotonic() > until:
                 self._cursors[prefix] = cursor
                 raise BackendError(
                     Reason.DELETION_BLOCKED, f"{self._where}: keys of {prefix}* are still being deleted; nothing to do"
