@@ -251,9 +251,10 @@ def serve_and_kill(home: Home, manifest: Path, name: str, more: dict[str, str]) 
     with (
         contextlib.suppress(AssertionError),  # it does not end with 0
         serving(home, manifest, **more) as server,
-        load(server, name=name) as answers,
+        load(server, name=name) as found,
     ):
-        wait_until(lambda: len(answers.of(200)) > 100, "100 answers")
+        answers = found
+        wait_until(lambda: len(found.of(200)) > 100, "100 answers")
         server.process.send_signal(signal.SIGKILL)
         server.process.wait()
     assert server.process.returncode == -signal.SIGKILL

@@ -192,9 +192,10 @@ def _delete_old(connection: Connection, database: Database, before: datetime) ->
         return []
     _note_pruned(connection, database, "predictions", old, month)
     trigger = connection.scalar(text("SELECT sql FROM sqlite_master WHERE name = 'predictions_refuse_delete'"))
-    connection.execute(text("DROP TRIGGER predictions_refuse_delete"))
+    connection.execute(text("DROP TRIGGER IF EXISTS predictions_refuse_delete"))
     connection.execute(text(f"DELETE FROM predictions {old}"), {"month": month})
-    connection.exec_driver_sql(str(trigger))
+    if trigger is not None:
+        connection.exec_driver_sql(str(trigger))
     return [f"{count} predictions written before {month[:10]}"]
 
 

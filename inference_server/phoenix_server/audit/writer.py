@@ -226,6 +226,10 @@ class Writer:
         """Note that the database answered (thread)."""
         self._busy_since = None
 
+    def is_up(self) -> bool:
+        """Whether requests are let in (thread)."""
+        return self._state.is_up is not False
+
     def works(self) -> None:
         """The database answers (thread)."""
         if not self._state.is_up:
@@ -258,6 +262,7 @@ class _Thread:
         self._link: Link | None = None
         self._doubtful: tuple[str, int, list[Record]] | None = None
         self._served: dict[int, ServedModel] = {}
+        self._maintenance: threading.Thread | None = None
         self._begin_chain()
         self._next_head = self._next_seen = self._next_maintenance = 0.0
 
@@ -265,7 +270,7 @@ class _Thread:
         """Write until the writer is closed and nothing waits, or the database does not take it any more."""
         while True:
             if self._link is not None and not self._writer.is_stopping():
-                self._writer.wait(_HEAD_EVERY_S)
+                self._writer.wait(_HEAD_EVERY_S if self._writer.is_up() else _RETRY_S)
             try:
                 self._turn()
             except Exception as error:
@@ -280,6 +285,9 @@ class _Thread:
     def _turn(self) -> None:
         link = self._connected()
         self._writer.works_on(link)
+        if not self._writer.is_up():  # nobody is let in until it is known to work, so no row will tell
+            self._store.has_row(link, self._name, 0)
+            self._writer.works()
         self._settle(link)
         self._note_models(link)
         while True:
@@ -439,7 +447,9 @@ class _Thread:
                 self._store.see_model(link, facts_of(model), datetime.now(UTC))
         if now >= self._next_maintenance:
             self._next_maintenance = now + _MAINTAIN_EVERY_S
-            self._maintain()
+            if self._maintenance is None or not self._maintenance.is_alive():
+                self._maintenance = threading.Thread(target=self._maintain, name="audit-maintenance", daemon=True)
+                self._maintenance.start()
 
     def _note_head(self, link: "Link") -> None:
         if self._sequence > self._head_noted:
@@ -449,16 +459,18 @@ class _Thread:
             self._writer.tell(self._writer.on_head, head)
 
     def _maintain(self) -> None:
-        """Partitions and retention, on a connection of its own: what fails there is tried again, and stops nothing."""
+        """Partitions and retention, on a connection and a thread of their own: nobody waits for them."""
         from phoenix_server.audit import migrate
         from phoenix_server.audit.database import DatabaseError
 
         try:
             with self._store.database.connect() as link:
-                self._writer.works_on(link)
                 dropped = migrate.maintain(link, datetime.now(UTC))
         except DatabaseError as error:
             _log.warning("partitions and retention have to wait", extra={"cause": error.message})
+            return
+        except Exception:
+            _log.exception("partitions and retention failed")
             return
         if dropped:
             _log.info("retention dropped predictions", extra={"dropped": dropped})
