@@ -35,7 +35,7 @@ _PAUSE_AFTER_S = 0.5
 _LOOK_EVERY_S = 2.0
 _CLOSE_S = 10.0
 _FRUITLESS = 3
-_GRACE_S = 10.0
+_GRACE_S = 5.0
 # How long the partitions of a process that was killed rest: the least that brokers allow is 6 s by default.
 _SESSION_TIMEOUT_MS = 10_000
 # What a consumer says of connections and topics that come and go; it goes on by itself.
@@ -183,11 +183,14 @@ class ConsumerSession:
             try:
                 self._calls.call(run, COMMIT_S + 2 * _GRACE_S)
                 break
-            except Exception:
+            except Exception as failure:
                 self._work.counts.transactions["failed"] += 1
                 # One more failure follows a refused record, of those that were sent after it.
                 fruitless = 0 if transaction.oversized else fruitless + 1
                 if not transaction.is_aborted or fruitless > (_FRUITLESS if is_careful else 0):
+                    # Told before the clients are closed, which takes its time where no broker answers.
+                    is_of_kafka = isinstance(failure, KafkaException)
+                    self._work.health.failed(self._work.link.words(failure.args[0]) if is_of_kafka else str(failure))
                     raise
             # The broker refuses what it gets at once, good records with the bad: find the bad by sending one by one.
             if is_careful or len(transaction.oversized) == 1:

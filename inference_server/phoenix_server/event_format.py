@@ -98,14 +98,21 @@ class EventFormat:
         return value if value is None or isinstance(value, str) else orjson.dumps(value).decode()
 
     def _tensor(self, name: str, array: Array) -> bytes:
-        key = (name, array.dtype.char, array.shape)
-        head = self._heads.get(key)
+        char, shape = array.dtype.char, array.shape
+        head = self._heads.get((name, char, shape))
         if head is None:
             if len(self._heads) >= _CACHED_HEADS:  # shapes are the callers' choice
                 self._heads.clear()
-            document = {"name": name, "datatype": dtype_of(array).name, "shape": array.shape}
-            head = self._heads[key] = orjson.dumps(document)[:-1]
-        return head + _elements(array)
+            document = {"name": name, "datatype": dtype_of(array).name, "shape": shape}
+            head = self._heads[name, char, shape] = orjson.dumps(document)[:-1]
+        if char == "O":
+            return b'%b,"data":%b}' % (head, orjson.dumps(array.ravel().tolist()))
+        if char != "e":
+            flat = array if len(shape) == 1 and array.flags.c_contiguous else array.ravel()
+            text = orjson.dumps(flat, option=orjson.OPT_SERIALIZE_NUMPY)
+            if char not in "fd" or b"null" not in text:  # orjson's word for NaN and the infinities
+                return b'%b,"data":%b}' % (head, text)
+        return b'%b,"raw":"%b"}' % (head, binascii.b2a_base64(bytes_of(array), newline=False))
 
 
 def size_of(arrays: Iterable[Array]) -> int:
@@ -125,17 +132,6 @@ def tensor_from(document: Mapping[str, Any]) -> Array:
         raw = memoryview(binascii.a2b_base64(document["raw"]))
         return array_from(raw, dtype, shape, f"tensor '{document['name']}'")
     return np.array(document["data"], dtype=dtype.numpy).reshape(shape)
-
-
-def _elements(array: Array) -> bytes:
-    kind = array.dtype.kind
-    if kind == "O":
-        return b',"data":%b}' % orjson.dumps(array.ravel().tolist())
-    if array.dtype != np.float16:
-        text = orjson.dumps(array.ravel(), option=orjson.OPT_SERIALIZE_NUMPY)
-        if kind != "f" or b"null" not in text:  # orjson's word for NaN and the infinities
-            return b',"data":%b}' % text
-    return b',"raw":"%b"}' % binascii.b2a_base64(bytes_of(array), newline=False)
 
 
 def schema() -> dict[str, Any]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from phoenix_server.async_requests import Record, Reply
 from phoenix_server.kafka_client import KafkaError, KafkaException, Message, Producer, TopicPartition, is_too_large
 
-COMMIT_S = 20.0
+COMMIT_S = 10.0
 
 
 @dataclass(frozen=True, slots=True)
