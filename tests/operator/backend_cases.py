@@ -2,6 +2,7 @@
 
 import asyncio
 import functools
+import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
@@ -44,6 +45,14 @@ async def _connections_ended() -> None:
         if len(selector.get_map()) <= 1:  # one wakes the loop
             return
         await asyncio.sleep(0.01)
+
+
+def wait_for(condition: Callable[[], Any]) -> None:
+    """Wait until it holds: a service tells of what was changed a moment later."""
+    until = time.monotonic() + DEADLINE_S
+    while not condition():
+        assert time.monotonic() < until
+        time.sleep(0.05)
 
 
 @asynccontextmanager

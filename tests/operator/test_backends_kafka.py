@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from backend_cases import ADMIN_SECRET, PROVISIONING, assert_silent, login_of, on_a_loop, refused, using
+from backend_cases import ADMIN_SECRET, PROVISIONING, assert_silent, login_of, on_a_loop, refused, using, wait_for
 from confluent_kafka import Consumer, KafkaError, KafkaException, Message, Producer
 from confluent_kafka.admin import (
     AclBinding,
@@ -327,11 +327,14 @@ async def test_what_somebody_changed_is_set_right(secure_kafka: KafkaBroker) -> 
         remove(secure_kafka, *[rule for rule in rules if rule.operation == AclOperation.WRITE])
         give(secure_kafka, username, (ResourceType.TOPIC, "phoenix.", ResourcePatternType.PREFIXED, AclOperation.READ))
         configure(secure_kafka, topic, retention_ms="1000", max_message_bytes="2000000")
+        wait_for(lambda: configuration(secure_kafka, topic)["retention.ms"] == "1000")  # the last is told last
         await pod_of(secure_kafka, backend, tenant)
         assert acls(secure_kafka, username) == rules
-        assert configuration(secure_kafka, topic) == {"retention.ms": "86400000", "max.message.bytes": "2000000"}
+        expected = {"retention.ms": "86400000", "max.message.bytes": "2000000"}
+        wait_for(lambda: configuration(secure_kafka, topic) == expected)
         assert pod.produce(topic) is None
         chief(secure_kafka).delete_topics([topic])[topic].result(DEADLINE_S)
+        wait_for(lambda: topic not in topics(secure_kafka, tenant))
         await pod_of(secure_kafka, backend, tenant)
         assert pod.produce(topic) is None
 
@@ -352,7 +355,7 @@ async def test_topic_is_widened_and_never_narrowed(secure_kafka: KafkaBroker) ->
         ):
             await pod_of(secure_kafka, backend, model(partitions=2, hours=48, namespace=tenant.namespace))
         assert topics(secure_kafka, tenant) == {predictions: 3, requests: 3}
-        assert configuration(secure_kafka, requests)["retention.ms"] == "172800000", "the rest is done"
+        wait_for(lambda: configuration(secure_kafka, requests)["retention.ms"] == "172800000")  # the rest is done
         record = pod.consume(predictions)
         assert isinstance(record, Message)
         assert record.value() == b"kept"

@@ -250,6 +250,7 @@ async def test_schema_of_a_living_model_is_refused(secure_postgres: PostgresServ
                      "ALTER ROLE phx_ml_fraud_a NOLOGIN"):  # fmt: skip
             await backend.ensure(twin, login_of(backend, twin, password="s3cret-twin"))
         assert pod.rows() == 2, "nothing has changed"
+        await backend.drop_login(twin, backend.username(twin, "a"))
         await backend.drop_data(twin)
         assert pod.rows() == 3
 

@@ -3,7 +3,6 @@
 import asyncio
 import itertools
 import re
-import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -20,10 +19,11 @@ from backend_cases import (
     on_a_loop,
     refused,
     using,
+    wait_for,
 )
 from faulty_proxy import proxy_to
 from redis.exceptions import NoPermissionError
-from services import DEADLINE_S, RedisServer
+from services import RedisServer
 
 from phoenix_api import Reason
 from phoenix_operator.backends import Backend, Login, Tenant
@@ -82,13 +82,6 @@ def calls(server: RedisServer) -> dict[str, int]:
     with server.client() as client:
         found = client.info("commandstats")
     return {name.removeprefix("cmdstat_"): of["calls"] for name, of in found.items()}
-
-
-def wait_for(condition: Callable[[], Any]) -> None:
-    until = time.monotonic() + DEADLINE_S
-    while not condition():
-        assert time.monotonic() < until
-        time.sleep(0.05)
 
 
 def users(server: RedisServer) -> set[str]:

@@ -10,6 +10,7 @@ the function of that name. Out: `{}`, or `{"reason": …, "message": …}` with 
 without a message `ACCESS_DENIED` says that the login itself is refused, `BACKEND_UNREACHABLE` that nothing came.
 """
 
+import functools
 import json
 import os
 import re
@@ -74,7 +75,6 @@ class _Partitions(NamedTuple):
 
 # A client whose last reference ends in a thread of librdkafka's aborts the process, as with an answer that comes late.
 _KEPT: list["Connection"] = []
-_NO_PARTITIONS = _Partitions(0, 0)
 
 
 class Failure(Exception):
@@ -175,9 +175,9 @@ def ensure(
     """Make user, ACLs and topics as asked; write what differs only. `login` is a client's settings, or none to make."""
     connection.greet(*_RIGHTS_FOR_USERS if login else ())
     if login:
-        _ensure_user(connection, login)
         if manages["acls"]:
             _ensure_acls(connection, login["sasl.username"], _rules(prefix, group))
+        _ensure_user(connection, login)
     if topics:
         _ensure_topics(connection, topics, is_managed=manages["topics"], replication_factor=replication_factor)
 
@@ -196,6 +196,7 @@ def _drop_login(connection: Connection, username: str, *, manages_acls: bool) ->
         deletion = UserScramCredentialDeletion(username, ScramMechanism.SCRAM_SHA_512)
         [future] = connection.admin.alter_user_scram_credentials([deletion]).values()
         _done_unless(connection, future, f"delete the user {username}", KafkaError.RESOURCE_NOT_FOUND)
+        _until(connection, lambda: not _mechanisms(connection, username), f"the user {username} is being deleted")
 
 
 def drop_data(
@@ -240,8 +241,7 @@ def _ensure_user(connection: Connection, login: dict[str, Any]) -> None:
         upsertion = UserScramCredentialUpsertion(username, info, password.encode())
         [future] = connection.admin.alter_user_scram_credentials([upsertion]).values()
         connection.done(future, f"make the user {username}")
-        while not _works(connection, login):  # brokers learn of it one after the other
-            time.sleep(_POLL_S)
+        _until(connection, lambda: _works(connection, login), f"the user {username} cannot log in yet")
 
 
 def _mechanisms(connection: Connection, username: str) -> list[ScramMechanism]:
@@ -256,9 +256,9 @@ def _works(connection: Connection, login: dict[str, Any]) -> bool:
     try:
         attempt.greet()
     except Failure as error:
-        if error.reason == "ACCESS_DENIED" and connection.left_s > 0:
-            return False
-        raise
+        if error.reason != "ACCESS_DENIED":
+            raise
+        return False
     return True
 
 
@@ -285,6 +285,7 @@ def _ensure_acls(connection: Connection, username: str, rules: set[_Rule]) -> No
     if missing := sorted(wanted - found):
         for future in connection.admin.create_acls(missing).values():
             connection.done(future, f"make ACLs of {username}")
+        _until(connection, lambda: wanted <= _acls(connection, username), f"ACLs of {username} are being made")
     _delete_acls(connection, username, found - wanted)
 
 
@@ -307,6 +308,7 @@ def _delete_acls(connection: Connection, username: str, acls: set[AclBinding]) -
     if filters:
         for future in connection.admin.delete_acls(filters).values():
             connection.done(future, f"delete ACLs of {username}")
+        _until(connection, lambda: not acls & _acls(connection, username), f"ACLs of {username} are being deleted")
 
 
 # --- topics ----------------------------------------------------------------------------------------------------------
@@ -332,10 +334,8 @@ def _ensure_topics(
             connection.done(future, f"add partitions to {name}")
     _keep_retention(connection, [topic for topic in wanted if topic not in missing])
     for topic in missing + narrow:
-        while _described(connection, [topic["name"]]).get(topic["name"], _NO_PARTITIONS).led < topic["partitions"]:
-            if connection.left_s <= 0:
-                raise Failure("BACKEND_UNREACHABLE", f"the topic {topic['name']} has no leaders yet")
-            time.sleep(_POLL_S)
+        name, count = topic["name"], topic["partitions"]
+        _until(connection, functools.partial(_is_led, connection, name, count), f"the topic {name} has no leaders yet")
     wide = [
         (topic, found[topic["name"]].all)
         for topic in wanted
@@ -402,6 +402,11 @@ def _described(connection: Connection, names: list[str]) -> dict[str, _Partition
     return found
 
 
+def _is_led(connection: Connection, name: str, partitions: int) -> bool:
+    found = _described(connection, [name])
+    return name in found and found[name].led >= partitions
+
+
 def _topics_under(connection: Connection, prefix: str) -> list[str]:
     if connection.left_s <= 0:
         raise Failure("BACKEND_UNREACHABLE", f"topics of {prefix}* are still being deleted")
@@ -413,6 +418,14 @@ def _topics_under(connection: Connection, prefix: str) -> list[str]:
 
 
 # --- the process -----------------------------------------------------------------------------------------------------
+
+
+def _until(connection: Connection, holds: Callable[[], bool], meanwhile: str) -> None:
+    """Return once it holds: brokers learn what a controller has written a moment later."""
+    while not holds():
+        if connection.left_s <= 0:
+            raise Failure("BACKEND_UNREACHABLE", meanwhile)
+        time.sleep(_POLL_S)
 
 
 def _done_unless(connection: Connection, future: "Future[T]", doing: str, *expected: int) -> T | None:

@@ -134,7 +134,10 @@ class PostgresBackend:
                 )
 
     async def drop_login(self, tenant: Tenant, username: str) -> None:
-        """Take password and right to log in away, and end its sessions. Raises `BackendError`."""
+        """Take password and right to log in away, and end its sessions. Raises `BackendError`.
+
+        Nothing is done to a login of another uid's.
+        """
         names = _names(tenant)
         if username not in names.logins:
             raise ValueError(f"{username!r:.80} is no login of {tenant.namespace}/{tenant.name}")
@@ -143,6 +146,8 @@ class PostgresBackend:
         async with self._asked(f"take the login of {username} away") as connection:
             work = _Work(connection, names)
             await work.lock()
+            if _uid(await work.schema_comment()) not in (None, tenant.uid):
+                return  # the login of whoever has the schema now
             await work.end_login(username)
         async with self._asked(f"end the sessions of {username}") as connection:
             await _Work(connection, names).end_sessions(username)
@@ -152,14 +157,14 @@ class PostgresBackend:
         can, names = self._config.capabilities, _names(tenant)
         async with self._asked(f"look at the schema {names.schema}") as connection:
             comment = await _Work(connection, names).schema_comment()
-        if comment is not None and _uid(comment) not in (None, tenant.uid):
+        if _uid(comment) not in (None, tenant.uid):
             return
         for username in names.logins:
             await self.drop_login(tenant, username)
         async with self._asked(f"drop the schema {names.schema} and its roles") as connection:
             work = _Work(connection, names)
             await work.lock()
-            if can.manage_schemas and comment is not None and _uid(comment) == tenant.uid:
+            if can.manage_schemas and _uid(comment) == tenant.uid:
                 await work.drop_schema()
             if can.manage_users:
                 await work.drop_roles(with_owner=can.manage_schemas)
@@ -434,9 +439,9 @@ def _names(tenant: Tenant) -> _Names:
     return _Names(owner, tuple(f"{owner}_{slot}" for slot in SLOTS))
 
 
-def _uid(comment: str) -> str | None:
+def _uid(comment: str | None) -> str | None:
     """Return the uid that the operator wrote into a comment, or None if it did not write it."""
-    match = _OWN_COMMENT.fullmatch(comment)
+    match = _OWN_COMMENT.fullmatch(comment or "")
     return match[1] if match else None
 
 
