@@ -40,11 +40,12 @@ check: $(RUN) ## Check the examples: manifest, digest, signature, provider, capa
 	  PHOENIX_MODEL_STORE="$${PHOENIX_MODEL_STORE:-$$store}" $(BIN)/phoenix-server check examples
 
 .PHONY: cluster
-cluster: ## A real Kubernetes with operator and the iris example on it (needs root on Debian, or PHOENIX_TEST_KUBECONFIG)
-	@$(PYTHON) tools/cluster.py
+cluster: ## A real Kubernetes with operator and example on it (root on Debian, or PHOENIX_TEST_KUBECONFIG); BINDINGS=1: services too
+	@$(PYTHON) tools/cluster.py $(if $(BINDINGS),--bindings)
 
 .PHONY: cluster-down
 cluster-down: ## Take it away
+	@PYTHONPATH=tools $(PYTHON) -m lab services down
 	@PYTHONPATH=tools $(PYTHON) -m lab down
 
 ##@ Develop

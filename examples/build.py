@@ -104,12 +104,12 @@ def make_model(
     name: str,
     nodes: Sequence[onnx.NodeProto],
     *,
-    input_: onnx.ValueInfoProto,
+    inputs: Sequence[onnx.ValueInfoProto],
     outputs: Sequence[onnx.ValueInfoProto],
     constants: Sequence[onnx.TensorProto],
     opsets: Sequence[onnx.OperatorSetIdProto] = (),
 ) -> onnx.ModelProto:
-    graph = helper.make_graph(list(nodes), name, [input_], list(outputs), initializer=list(constants))
+    graph = helper.make_graph(list(nodes), name, list(inputs), list(outputs), initializer=list(constants))
     model = helper.make_model(
         graph,
         producer_name="phoenix-examples",
@@ -148,7 +148,7 @@ def iris() -> Example:
             helper.make_node("ArgMax", ["logits"], ["label"], axis=1, keepdims=0),
             helper.make_node("Softmax", ["logits"], ["probabilities"], axis=1),
         ],
-        input_=helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch", 4]),
+        inputs=[helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch", 4])],
         outputs=[
             helper.make_tensor_value_info("label", TensorProto.INT64, ["batch"]),
             helper.make_tensor_value_info("probabilities", TensorProto.FLOAT, ["batch", 3]),
@@ -224,7 +224,7 @@ def digits() -> Example:
             helper.make_node("ArgMax", ["logits"], ["label"], axis=1, keepdims=0),
             helper.make_node("Softmax", ["logits"], ["probabilities"], axis=1),
         ],
-        input_=helper.make_tensor_value_info("image", TensorProto.FLOAT, ["batch", 1, 8, 8]),
+        inputs=[helper.make_tensor_value_info("image", TensorProto.FLOAT, ["batch", 1, 8, 8])],
         outputs=[
             helper.make_tensor_value_info("label", TensorProto.INT64, ["batch"]),
             helper.make_tensor_value_info("probabilities", TensorProto.FLOAT, ["batch", 10]),
@@ -314,7 +314,7 @@ def text() -> Example:
             helper.make_node("Gather", ["classes", "class"], ["label"]),
             helper.make_node("Softmax", ["logits"], ["probabilities"], axis=1),
         ],
-        input_=helper.make_tensor_value_info("text", TensorProto.STRING, ["batch"]),
+        inputs=[helper.make_tensor_value_info("text", TensorProto.STRING, ["batch"])],
         outputs=[
             helper.make_tensor_value_info("label", TensorProto.STRING, ["batch"]),
             helper.make_tensor_value_info("probabilities", TensorProto.FLOAT, ["batch", len(names)]),
@@ -336,7 +336,73 @@ def text() -> Example:
     return Example(model, request, answer("text", label, softmax(logits)))
 
 
-EXAMPLES: dict[str, Callable[[], Example]] = {"iris": iris, "digits": digits, "text": text}
+# A payment (amount in euros, 1 if abroad) and its card's features, in the order of the manifest.
+FRAUD_SCALES = np.array([1024.0, 1.0, 1024.0, 16.0, 1024.0])
+FRAUD_TRUTH, FRAUD_OFFSET = np.array([4.0, 2.5, 2.0, 2.5, -3.5]), -4.5
+FRAUD_SAMPLE = np.array([[18.0, 0.0], [850.0, 1.0], [620.0, 1.0]])
+FRAUD_CARDS = ["card-1001", "card-1002", "card-1003"]
+
+
+def fraud_rows() -> tuple[Floats, Integers, npt.NDArray[np.bool_]]:
+    """Rows [1200, 5] of payment and features, classes [1200], and which rows are held out: every third.
+
+    Made up: whole numbers, most of them small, from the generator in the C standard, and a class by chance, the more
+    likely fraud the larger a weighted sum of them.
+    """
+    state, draws = 1, []
+    for _ in range(1200 * 6):
+        state = (1103515245 * state + 12345) % 2**31
+        draws.append((state >> 16) / 2**15)
+    u = np.array(draws).reshape(1200, 6)
+    rows = np.column_stack(
+        [
+            np.floor(2000 * u[:, 0] ** 3) + 1,
+            u[:, 1] < 0.25,
+            np.floor(4000 * u[:, 2] ** 3),
+            np.floor(32 * u[:, 3] ** 2),
+            np.floor(2500 * u[:, 4] ** 2),
+        ]
+    )
+    chance = 1 / (1 + np.exp(-(rows / FRAUD_SCALES @ FRAUD_TRUTH + FRAUD_OFFSET)))
+    return rows, (u[:, 5] < chance).astype(np.int64), np.arange(len(rows)) % 3 == 2
+
+
+def fraud() -> Example:
+    rows, classes, held_out = fraud_rows()
+    weights, bias = fit_softmax((rows / FRAUD_SCALES)[~held_out], classes[~held_out], 2, penalty=0.1)
+    weights, bias = on_grid(weights, 1024) / FRAUD_SCALES[:, None], on_grid(bias, 1024)
+    model = make_model(
+        "fraud",
+        [
+            helper.make_node("Concat", ["payment", "features"], ["x"], axis=1),
+            helper.make_node("Gemm", ["x", "weights", "bias"], ["logits"]),
+            helper.make_node("ArgMax", ["logits"], ["label"], axis=1, keepdims=0),
+            helper.make_node("Softmax", ["logits"], ["probabilities"], axis=1),
+        ],
+        inputs=[
+            helper.make_tensor_value_info("payment", TensorProto.FLOAT, ["batch", 2]),
+            helper.make_tensor_value_info("features", TensorProto.FLOAT, ["batch", 3]),
+        ],
+        outputs=[
+            helper.make_tensor_value_info("label", TensorProto.INT64, ["batch"]),
+            helper.make_tensor_value_info("probabilities", TensorProto.FLOAT, ["batch", 2]),
+        ],
+        constants=[constant("weights", weights), constant("bias", bias)],
+    )
+    table = json.loads((HERE / "fraud/features.json").read_text())
+    names = ("amount_24h", "count_24h", "age_days")
+    features = np.array([[table[card][name] for name in names] for card in FRAUD_CARDS])
+    logits = np.hstack([FRAUD_SAMPLE, features]) @ weights + bias
+    label = tensor("label", "INT64", logits.argmax(axis=1))
+    # a parameter of the protocol is a single value: a list travels as its JSON
+    request = {
+        "parameters": {"card": json.dumps(FRAUD_CARDS)},
+        "inputs": [tensor("payment", "FP32", FRAUD_SAMPLE)],
+    }
+    return Example(model, request, answer("fraud", label, softmax(logits)))
+
+
+EXAMPLES: dict[str, Callable[[], Example]] = {"iris": iris, "digits": digits, "text": text, "fraud": fraud}
 
 
 def to_text(message: dict[str, Any]) -> str:

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import cluster as tools
-import yaml
 
 Object = dict[str, Any]
 OPERATOR = "system:serviceaccount:phoenix-system:phoenix-operator"
@@ -207,11 +206,7 @@ class Phoenix:
 
     def set_settings(self, settings: Object) -> None:
         """Give the operator these settings and wait until it runs with them."""
-        text = yaml.safe_dump(settings)
-        where = ("-n", tools.OPERATOR_NAMESPACE)
-        body = {"data": {"settings.yaml": text}}
-        self.kubectl("patch", "configmap", "phoenix-operator-settings", *where, "--type=merge", "-p", json.dumps(body))
-        tools.restart_operator(self.kubectl, f"{tools.image_id(tools.images()[1])} {text}")
+        tools.configure(self.kubectl, settings)
         self.wait_for("a leader", self.leader)
 
     def leader(self) -> str:

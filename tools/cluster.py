@@ -1,8 +1,9 @@
 """`make cluster`: Phoenix on a real Kubernetes, from images built here, with the rights of its own install manifests.
 
 Brings the lab up (or uses the cluster that PHOENIX_TEST_KUBECONFIG names), loads the images, applies
-`operator/manifests/cluster`, serves `examples/iris`, infers from another pod, and prints what to type next. The cluster
-tests install Phoenix with the same functions. Standard library only.
+`operator/manifests/cluster`, serves `examples/iris`, infers from another pod, and prints what to type next. With
+`--bindings` it starts Redis, PostgreSQL and Kafka beside the cluster, behind TLS and logins, tells the operator of them
+and serves `examples/fraud` too. The cluster tests install Phoenix with the same functions. Standard library only.
 """
 
 import argparse
@@ -12,7 +13,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -84,6 +85,27 @@ def install(kubectl: Kubectl) -> None:
     say("installing the operator")
     kubectl("apply", "--server-side", "--force-conflicts", "-k", str(MANIFESTS))
     restart_operator(kubectl, image_id(images()[1]))
+
+
+def services(kubectl: Kubectl) -> tuple[Path, dict[str, object]]:
+    """Start Redis, PostgreSQL and Kafka beside the cluster, behind TLS and logins, and store their admins' Secrets.
+
+    Returns the folder with the same credentials (a SERVICE_BINDING_ROOT), for whoever looks into the services, and the
+    part of the operator's settings that names them.
+    """
+    root = Path(lab("services", "up", "--for-pods").splitlines()[-1])
+    # server-side: kubectl would keep a copy of the passwords in an annotation
+    kubectl("apply", "--server-side", "--force-conflicts", "-f", str(root.parent / "secrets.json"))
+    return root, json.loads((root.parent / "settings.json").read_text())
+
+
+def configure(kubectl: Kubectl, settings: Mapping[str, object]) -> None:
+    """Give the operator these settings and wait until it runs with them."""
+    text = json.dumps(settings, indent=1)  # which is YAML too
+    where = ("-n", OPERATOR_NAMESPACE)
+    body = {"data": {"settings.yaml": text}}
+    kubectl("patch", "configmap", "phoenix-operator-settings", *where, "--type=merge", "-p", json.dumps(body))
+    restart_operator(kubectl, f"{image_id(images()[1])} {text}")
 
 
 def restart_operator(kubectl: Kubectl, why: str) -> None:

@@ -167,7 +167,7 @@ def test_make_run_serves_and_ends_cleanly(tmp_path: Path) -> None:
         command = ["curl", "-sf", f"{ready['rest']}/v2/models/iris/infer", "-d", body]
         answer = json.loads(subprocess.run(command, capture_output=True, check=True).stdout)
         assert answer["outputs"][0]["data"] == [0, 1, 2]
-        assert sorted(ready["models"]) == ["digits/1", "filetype/1", "iris/1", "text/1"]
+        assert sorted(ready["models"]) == ["digits/1", "filetype/1", "fraud/1", "iris/1", "text/1"]
         os.killpg(process.pid, 2)  # Ctrl-C reaches the whole foreground group
         rest = process.stderr.read()
         assert '"stopped"' in rest

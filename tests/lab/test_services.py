@@ -1,5 +1,6 @@
 """The services that tests and the lab start: real ones, that can be killed, paused and broken, and come back."""
 
+import base64
 import contextlib
 import json
 import os
@@ -12,6 +13,7 @@ import tempfile
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import confluent_kafka
 import psycopg
@@ -261,7 +263,7 @@ def test_secure_postgres_takes_only_the_login_over_tls(secure_postgres):
 # Kafka
 
 
-def produce(broker, topic: str, value: bytes, **config: str) -> None:
+def produce(broker, topic: str, value: bytes, **config: Any) -> None:
     """One record, acknowledged; raises what the broker answered."""
     producer = confluent_kafka.Producer(broker.config({"message.timeout.ms": 20_000, **config}))
     outcomes: list[confluent_kafka.KafkaError | None] = []
@@ -347,6 +349,34 @@ def test_secure_kafka_refuses_a_wrong_password(secure_kafka, mechanism):
         bad.list_topics(timeout=2)
     bad.poll(0)
     assert confluent_kafka.KafkaError._AUTHENTICATION in {error.code() for error in errors}
+
+
+def test_secure_kafka_takes_a_client_certificate_for_a_login(secure_kafka):
+    topic = secure_kafka.fresh_topic()
+    for name in ("admin", "nobody-known"):
+        certificate, key = secure_kafka.client_certificate(name)
+        mutual = {
+            "bootstrap.servers": secure_kafka.mutual_tls_bootstrap,
+            "security.protocol": "SSL",
+            "ssl.certificate.location": str(certificate),
+            "ssl.key.location": str(key),
+        }
+        with contextlib.ExitStack() as stack:
+            if name != "admin":
+                stack.enter_context(pytest.raises(confluent_kafka.KafkaException, match="Topic authorization failed"))
+            produce(secure_kafka, topic, b"x", **mutual)
+
+
+def test_kafka_that_takes_tokens_lets_in_whom_they_name(kafka_factory):
+    broker = kafka_factory(is_secure=True, takes_tokens=True)
+
+    def token(_: str) -> tuple[str, float]:
+        until = int(time.time()) + 600
+        parts = ({"alg": "none"}, {"sub": "admin", "iat": until - 600, "exp": until})
+        encoded = (base64.urlsafe_b64encode(json.dumps(part).encode()).rstrip(b"=").decode() for part in parts)
+        return ".".join((*encoded, "")), until
+
+    produce(broker, broker.fresh_topic(), b"x", **{"sasl.mechanism": "OAUTHBEARER", "oauth_cb": token})
 
 
 # TLS

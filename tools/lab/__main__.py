@@ -54,6 +54,8 @@ def _run(lab: Lab, arguments: argparse.Namespace) -> int:
         case "up":
             print(cluster.up(lab))
         case "down":
+            if arguments.purge:
+                together.down(lab)  # the folder that says what runs goes too
             cluster.down(lab, purge=arguments.purge)
         case "status":
             lines, is_well = cluster.status(lab)

@@ -1,7 +1,8 @@
 """Kafka: one broker that is its own controller (KRaft), from the jars of Maven Central.
 
-With logins: SCRAM-SHA-512 (and PLAIN, for admin alone) over TLS, and rights by ACLs that the metadata log keeps. The
-listeners that the broker speaks to itself on are on loopback and know only admin. Topics are never made by being named.
+With logins: SCRAM-SHA-512 (and PLAIN, for admin alone) over TLS, mutual TLS on a port of its own, and rights by ACLs
+that the metadata log keeps. The listeners that the broker speaks to itself on are on loopback and know only admin.
+Topics are never made by being named.
 """
 
 import os
@@ -13,6 +14,7 @@ import time
 from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from .. import LabError, machine
 from ..state import HOME, only_one, say
@@ -74,18 +76,21 @@ inter.broker.listener.name=PLAINTEXT
 listener.security.protocol.map=CONTROLLER:PLAINTEXT,PLAINTEXT:PLAINTEXT
 """
 _SECURE = """\
-listeners=SASL_SSL://{host}:{port},BROKER://127.0.0.1:{broker_port},CONTROLLER://127.0.0.1:{controller_port}
-advertised.listeners=SASL_SSL://{host}:{port},BROKER://127.0.0.1:{broker_port}
+listeners=SASL_SSL://{host}:{port},MUTUAL://{host}:{mutual_port},BROKER://127.0.0.1:{broker_port},CONTROLLER://127.0.0.1:{controller_port}
+advertised.listeners=SASL_SSL://{host}:{port},MUTUAL://{host}:{mutual_port},BROKER://127.0.0.1:{broker_port}
 inter.broker.listener.name=BROKER
-listener.security.protocol.map=CONTROLLER:SASL_PLAINTEXT,BROKER:SASL_PLAINTEXT,SASL_SSL:SASL_SSL
+listener.security.protocol.map=CONTROLLER:SASL_PLAINTEXT,BROKER:SASL_PLAINTEXT,SASL_SSL:SASL_SSL,MUTUAL:SSL
 sasl.mechanism.inter.broker.protocol=PLAIN
 sasl.mechanism.controller.protocol=PLAIN
 sasl.enabled.mechanisms=PLAIN
 listener.name.controller.plain.sasl.jaas.config={plain}
 listener.name.broker.plain.sasl.jaas.config={plain}
-listener.name.sasl_ssl.sasl.enabled.mechanisms=SCRAM-SHA-512,PLAIN
+listener.name.mutual.ssl.client.auth=required
+ssl.principal.mapping.rules=RULE:^CN=([^,]+)$/$1/
+listener.name.sasl_ssl.sasl.enabled.mechanisms={mechanisms}
 listener.name.sasl_ssl.plain.sasl.jaas.config={plain}
 listener.name.sasl_ssl.scram-sha-512.sasl.jaas.config={scram}
+listener.name.sasl_ssl.oauthbearer.sasl.jaas.config={oauthbearer}
 ssl.keystore.type=PEM
 ssl.keystore.location={keystore}
 ssl.truststore.type=PEM
@@ -105,9 +110,17 @@ _JVM = (
 
 
 class Kafka(Service):
-    """A Kafka broker. Without TLS anybody may do everything; with it, `admin` is the super user."""
+    """A Kafka broker. Without TLS anybody may do everything; with it, `admin` is the super user.
+
+    `takes_tokens`: with TLS, it takes OAUTHBEARER too, and believes any unsigned token (`alg: none`): who can make one
+    is whoever it names. For tests of clients that bring tokens.
+    """
 
     kind = "kafka"
+
+    def __init__(self, folder: Path, *, takes_tokens: bool = False, **options: Any) -> None:
+        super().__init__(folder, **options)
+        self.takes_tokens = takes_tokens
 
     @classmethod
     def install(cls) -> None:
@@ -126,6 +139,15 @@ class Kafka(Service):
     def bootstrap(self) -> str:
         """`host:port`."""
         return f"{self.host}:{self.port}"
+
+    @property
+    def mutual_tls_bootstrap(self) -> str:
+        """`host:port` where a client certificate is the login (`client_certificate`); once started, with TLS only."""
+        found = re.search(
+            r"^listeners=.*MUTUAL://([^,]+)", (self.folder / "server.properties").read_text(), re.MULTILINE
+        )
+        assert found is not None
+        return found[1]
 
     def _binding(self) -> dict[str, str]:
         sasl = {"sasl-mechanism": "SCRAM-SHA-512"} if self.is_secure else {}
@@ -150,6 +172,9 @@ class Kafka(Service):
             values |= {
                 "username": admin.username,
                 "broker_port": machine.free_port("127.0.0.1"),
+                "mutual_port": machine.free_port(self.host),
+                "mechanisms": "SCRAM-SHA-512,PLAIN" + (",OAUTHBEARER" if self.takes_tokens else ""),
+                "oauthbearer": f"{_MODULE}.oauthbearer.OAuthBearerLoginModule required;",
                 "plain": f'{_MODULE}.plain.PlainLoginModule required {login} user_{admin.username}="{admin.password}";',
                 "scram": f"{_MODULE}.scram.ScramLoginModule required;",
                 "keystore": self._pki / "server.pem",

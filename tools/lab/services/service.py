@@ -92,6 +92,13 @@ class Service(ABC):
         """The file with the authority's certificate (PEM), that clients trust; None without TLS."""
         return self._pki / "ca.crt" if self.is_secure else None
 
+    def client_certificate(self, name: str) -> tuple[Path, Path]:
+        """The files (PEM) of a client's certificate and key, made once, for the name `name`; only with `is_secure`."""
+        files = self._pki / f"{name}.crt", self._pki / f"{name}.key"
+        if not files[0].exists():
+            certificates.make_certificate(self._pki, name, subject=f"/CN={name}", authority="ca")
+        return files
+
     @property
     def is_running(self) -> bool:
         """Whether the process is there (a paused one is)."""
