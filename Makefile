@@ -65,6 +65,11 @@ test-services: $(DEV) ## Run the tests on a real Redis, PostgreSQL and Kafka
 test-cluster: $(DEV) ## Run the tests on a real Kubernetes
 	PHOENIX_REQUIRE=cluster $(BIN)/pytest -m "cluster or images"
 
+KILLS ?= 50
+.PHONY: zero-loss
+zero-loss: $(DEV) ## Kill servers, broker and relays at random under load (KILLS=50), then count everything
+	$(BIN)/python tests/faults/zero_loss.py --kills $(KILLS) $(if $(SEED),--seed $(SEED))
+
 .PHONY: lint
 lint: $(DEV) ## Style, types, import rules, generated files
 	$(BIN)/ruff check .

@@ -180,8 +180,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--servers", type=int, default=2, choices=range(1, 5), help="replicas (default 2)")
     parser.add_argument("--clients", type=int, default=4, choices=range(1, 33), help="REST clients (default 4)")
     options = parser.parse_args(arguments)
-    if not 0 <= options.kills <= MOST_KILLS:
-        parser.error(f"--kills must lie between 0 and {MOST_KILLS}")
+    if not 1 <= options.kills <= MOST_KILLS:
+        parser.error(f"--kills must lie between 1 and {MOST_KILLS}")
     seed = random.SystemRandom().randrange(1_000_000) if options.seed is None else options.seed
     console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
     console.print(f"{options.kills} kills on {options.servers} servers, --seed {seed}")

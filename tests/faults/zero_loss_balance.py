@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 from confluent_kafka import Consumer, IsolationLevel, KafkaError, KafkaException, Message, TopicPartition
-from confluent_kafka.admin import OffsetSpec
+from confluent_kafka.admin import AdminClient, OffsetSpec
 
 from faults.zero_loss_load import Load, Produced
 from faults.zero_loss_stage import DEAD_LETTERS, EVENTS, PARTITIONS, RESULTS, Stage
@@ -89,7 +89,7 @@ def _await(what: str, left: Callable[[], int], end: float) -> None:
 
 def _undecided(stage: Stage) -> int:
     """How many records lie behind the first open transaction."""
-    admin = stage.kafka.admin_client()
+    admin = AdminClient(stage.kafka.config({"log_level": 4}))
     places = [TopicPartition(topic, number) for topic in (RESULTS, DEAD_LETTERS) for number in range(PARTITIONS)]
     wanted = {place: OffsetSpec.latest() for place in places}
     ends = []
@@ -120,6 +120,9 @@ def balance(stage: Stage, load: Load) -> Balance:
         "audit rows": len(rows),
         "rows beyond one for each request": len(rows) - len({row.request_id for row in rows}),
     }
+    for what in ("requests answered", "results", "dead letters", "events"):
+        if not found.counts[what]:
+            found.faults.append(f"{what}: none, so that nothing is proven")
     _verify(found, stage)
     return found
 
@@ -132,7 +135,9 @@ def _rows_and_events(found: Balance, rows: Sequence[Row], records: Sequence[Mess
         found.none("two events of one id differ", () if known == document else [document["id"]])
     of_event = {row.event_id: row for row in rows if row.event_id is not None}
     found.none("rows without an event id", (row.request_id for row in rows if row.event_id is None))
-    found.none("event ids of several rows", (i for i, n in Counter(row.event_id for row in rows).items() if n > 1 and i))
+    found.none(
+        "event ids of several rows", (i for i, n in Counter(row.event_id for row in rows).items() if n > 1 and i)
+    )
     found.equal("event ids of rows and of events", set(of_event), set(documents))
     for event_id in of_event.keys() & documents.keys():
         row, event = of_event[event_id], documents[event_id]
