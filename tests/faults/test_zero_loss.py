@@ -4,7 +4,6 @@
 """
 
 import pytest
-
 from faults.zero_loss import plan, prove
 from faults.zero_loss_balance import Balance
 

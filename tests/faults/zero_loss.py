@@ -24,13 +24,12 @@ if __name__ == "__main__":
     _ROOT = Path(__file__).parents[2]
     sys.path[:0] = [str(_ROOT / "tests"), str(_ROOT / "tools")]
 
-from lab.services import Service
-from rich.console import Console
-from rich.table import Table
-
 from faults.zero_loss_balance import Balance, balance, come_to_rest
 from faults.zero_loss_load import Load
 from faults.zero_loss_stage import Stage, stage
+from lab.services import Service
+from rich.console import Console
+from rich.table import Table
 
 Victim = Literal["server", "broker", "relay"]
 _SHARES: dict[Victim, int] = {"server": 4, "relay": 3, "broker": 3}

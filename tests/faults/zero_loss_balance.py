@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 from confluent_kafka import Consumer, IsolationLevel, KafkaError, KafkaException, Message, TopicPartition
 from confluent_kafka.admin import AdminClient, OffsetSpec
-
 from faults.zero_loss_load import Load, Produced
 from faults.zero_loss_stage import DEAD_LETTERS, EVENTS, PARTITIONS, RESULTS, Stage
+
 from phoenix_server.audit import tensor_blob
 from phoenix_server.event_format import tensor_from
 

@@ -17,7 +17,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from confluent_kafka import KafkaError, Message, Producer
-
 from faults.zero_loss_stage import MODEL, REQUESTS, InferenceServer, Stage
 
 TRIES = 2_000
