@@ -78,6 +78,22 @@ class PostgresServer(lab_services.Postgres):
             connection.execute(sql.SQL("CREATE DATABASE {}").format(sql.Identifier(name)))
         return name
 
+    def set_read_only(self, is_read_only: bool) -> None:
+        """Refuse every write, as a server does whose disk is full or that is a standby; or allow them again."""
+        with self.connect() as connection:
+            connection.execute(f"ALTER SYSTEM SET default_transaction_read_only = {is_read_only}")
+            connection.execute("SELECT pg_reload_conf()")
+        processes.wait_until(
+            f"default_transaction_read_only is {is_read_only}",
+            lambda: self._is_read_only() == is_read_only,
+            deadline_s=DEADLINE_S,
+        )
+
+    def _is_read_only(self) -> bool:
+        with self.connect() as connection:
+            row = connection.execute("SHOW default_transaction_read_only").fetchone()
+        return bool(row and row[0] == "on")
+
 
 class KafkaBroker(lab_services.Kafka):
     """A Kafka broker with what tests do to one."""

@@ -1,4 +1,4 @@
-"""The command line: `phoenix-server serve | check | openapi`."""
+"""The command line: `phoenix-server serve | check | migrate | audit | openapi`."""
 
 import argparse
 import gc
@@ -51,7 +51,30 @@ def _parser() -> argparse.ArgumentParser:
         "openapi", help="print the OpenAPI document", description="print the OpenAPI document"
     )
     command.set_defaults(command=_openapi)
+    _add_audit(commands)
     return parser
+
+
+def _add_audit(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    text = "bring the audit's tables to this version; the server does it by itself where its login may"
+    command = commands.add_parser("migrate", help=text, description=text)
+    command.set_defaults(command=_audit, what="migrate")
+    text = "look at the audit: verify | replay; exit 0, 3 if something differs, 4 if it cannot be looked at"
+    audit = commands.add_parser("audit", help=text, description=text).add_subparsers(required=True, metavar="WHAT")
+    text = "walk every hash chain and name the first row that was changed, removed or swapped"
+    command = audit.add_parser("verify", help=text, description=text)
+    command.add_argument(
+        "--head", action="append", default=[], metavar="WRITER:SEQUENCE:HASH",
+        help="a head that the log or the topic has (repeatable): what it covers cannot be missing unnoticed",
+    )  # fmt: skip
+    command.set_defaults(command=_audit, what="verify")
+    text = "run logged inputs on the logged model again, on CPU, and compare bit for bit"
+    command = audit.add_parser("replay", help=text, description=text)
+    which = command.add_mutually_exclusive_group(required=True)
+    which.add_argument("id", nargs="?", metavar="ID", help="a row (WRITER-SEQUENCE), a request's id or an event's")
+    which.add_argument("--last", type=int, default=0, metavar="N", help="the newest N predictions")
+    command.add_argument("--model-store", type=Path, help="folder for relative URIs (PHOENIX_MODEL_STORE)")
+    command.set_defaults(command=_audit, what="replay")
 
 
 def _serve(options: argparse.Namespace) -> int:
@@ -91,6 +114,30 @@ def _check(options: argparse.Namespace) -> int:
         return check(settings, _manifests(options.paths, strict=True))
     except ModelLoadError as error:
         print(f"FAILED {error.reason}: {error.message}")
+        raise
+
+
+def _audit(options: argparse.Namespace) -> int:
+    from phoenix_server.audit import command
+    from phoenix_server.settings import load_settings
+
+    configure("warning")
+    try:
+        settings = load_settings(model_store=getattr(options, "model_store", None))
+        if options.what == "migrate":
+            return command.migrate(settings)
+        if options.what == "verify":
+            try:
+                heads = [command.parse_head(text) for text in options.head]
+            except ValueError:
+                print("--head: expected WRITER:SEQUENCE:HASH, HASH in hex digits", file=sys.stderr)
+                return 2
+            return command.verify(settings, heads)
+        from phoenix_server.app import new_store
+
+        return command.replay(settings, new_store(settings), options.id, options.last)
+    except ModelLoadError as error:
+        print(f"{error.reason}: {error.message}", file=sys.stderr)
         raise
 
 

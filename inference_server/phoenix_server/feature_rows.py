@@ -80,7 +80,7 @@ def parse_value(value: bytes, dtype: DType) -> Scalar:
             raise ValueError(expected_of(dtype))
         number = float(value)
         try:
-            struct.pack(_LETTERS["f"][dtype.size], number)
+            struct.pack("=" + _LETTERS["f"][dtype.size], number)  # "=": only so is a number that is too large refused
         except OverflowError:
             number = math.inf
         if not math.isfinite(number):

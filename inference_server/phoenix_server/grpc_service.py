@@ -185,6 +185,8 @@ class Servicer:
             request, is_raw = await _off_loop(is_big, codec_proto.decode, message)
             if not request_id:
                 request_id = request.id = _metadata(context).get("x-request-id", "")
+            if self._keys is not None and model.is_bound:
+                request.caller = self._keys.caller(_metadata(context).get("authorization", "").encode())
             _bound_by_deadline(request, context)
             response = await self._plane.infer(model, request)
             request_id, rows = response.id, response.rows

@@ -133,6 +133,8 @@ class InferEndpoint:
                 body = await decompress(body, headers[b"content-encoding"], model.max_request_bytes)
             request, forms = await self._decode(model, headers, body)
             request_id = request.id = request.id or request_id or self._plane.new_id()
+            if self._keys is not None and model.is_bound:
+                request.caller = self._keys.caller(headers.get(b"authorization"))
             response = await self._plane.infer(model, request)
             rows = response.rows
             payload, header_size = codec_binary.encode(response, forms)

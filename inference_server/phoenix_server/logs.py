@@ -41,7 +41,7 @@ def configure(level: str) -> None:
     handler.setFormatter(formatter)
     logging.basicConfig(level=LEVELS[level], handlers=[handler], force=True)
     logging.captureWarnings(True)
-    for noisy in ("asyncio", "urllib3"):
+    for noisy in ("alembic", "asyncio", "urllib3"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     with contextlib.suppress(AttributeError, io.UnsupportedOperation):
         sys.stderr.reconfigure(line_buffering=True)  # type: ignore[union-attr]

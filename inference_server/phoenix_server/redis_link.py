@@ -30,7 +30,7 @@ _log = logging.getLogger(__name__)
 MAX_IN_FLIGHT = 65_536
 _FIRST_DELAY_S, _MAX_DELAY_S = 0.05, 5.0
 _PROBE_S = 5.0
-# A connection that lived this long was a good one: when it ends, the next attempt is made at once.
+# A connection that lived this long, or served a read, was a good one: when it ends, the next is made at once.
 _STABLE_S = 5.0
 # Timers run before sockets are read in a turn of the loop: look once more before calling a reply late.
 _GRACE_S = 0.02
@@ -88,6 +88,7 @@ class _Connection(asyncio.Protocol):
         self._timer: asyncio.TimerHandle | None = None
         self._cause = ""
         self.is_late = False
+        self.is_useful = False
         self.lost: asyncio.Future[str] = self._loop.create_future()
 
     def ask(self, commands: Sequence[bytes], width: int) -> "asyncio.Future[list[Any]]":
@@ -227,10 +228,11 @@ class RedisLink:
                 replies = await self._read_anew(commands, width)
             else:
                 replies = await connection.ask(commands, width)
+                connection.is_useful = True
         except RedisUnavailable:
             if connection is None or connection.is_late or not connection.lost.done():
                 raise
-            # Reading twice does no harm, and Redis closes connections for reasons of its own (idle, fail-over).
+            # Reading twice does no harm.
             replies = await self._read_anew(commands, width)
         for index, reply in enumerate(replies):
             if type(reply) is not list:
@@ -271,24 +273,30 @@ class RedisLink:
             try:
                 connection = await self._connect()
             except (OSError, RedisUnavailable) as error:  # TimeoutError and ssl.SSLError are OSErrors
-                self._state.fails(_described(error))
+                self._give_up(_described(error))
             except Exception as error:  # a link that stops trying would need a restart
                 _log.exception("connecting to Redis failed in a way of its own; trying again")
-                self._state.fails(type(error).__name__)
+                self._give_up(type(error).__name__)
             else:
                 self._connection = connection
                 self._attempt.set()
                 cause = await self._watch(connection)
                 _log.info("connection to Redis lost", extra={"cause": cause})
-                was_stable = loop.time() - started > _STABLE_S and not connection.is_late
-                if was_stable:
+                if connection.is_late:
+                    self._give_up(cause)
+                elif connection.is_useful or loop.time() - started > _STABLE_S:
                     delay_s = 0.0
-                    continue
-                self._state.fails(cause)
-            self._attempt.set()  # who waits learns that this attempt led to nothing
-            self._attempt.clear()
+                    continue  # Redis closes connections for reasons of its own (idle, fail-over)
+                elif delay_s:
+                    self._give_up(cause)
             delay_s = min(max(delay_s * 2, _FIRST_DELAY_S), _MAX_DELAY_S)
             await asyncio.sleep(delay_s * random.uniform(0.75, 1.25))
+
+    def _give_up(self, cause: str) -> None:
+        """Redis is down for now: tell, and let nobody wait for it."""
+        self._state.fails(cause)
+        self._attempt.set()
+        self._attempt.clear()
 
     def _lost(self, connection: _Connection) -> None:
         if connection is self._connection:
@@ -314,6 +322,8 @@ class RedisLink:
                 if address.database:
                     await self._expect_ok(connection, ("SELECT", str(address.database)), "the database")
                 await self._try(connection)
+            if connection.lost.done():
+                raise RedisUnavailable(connection.lost.result())
         except TimeoutError:
             connection.close("the attempt was given up")
             raise RedisUnavailable(f"no connection to Redis within {4 * self._timeout_s:g} s") from None

@@ -4,12 +4,10 @@ import base64
 import contextlib
 import json
 import os
-import shutil
 import socket
 import ssl
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from pathlib import Path
@@ -30,10 +28,7 @@ from confluent_kafka.admin import (
     ScramMechanism,
     UserScramCredentialUpsertion,
 )
-from faulty_proxy import FaultyProxy, proxy_to
 from lab import LabError, machine, processes
-from lab.services import together
-from lab.state import Lab
 
 # What never answers is given this long before a test says that it hangs.
 SOON_S = 0.5
@@ -251,6 +246,16 @@ def test_paused_postgres_lets_an_open_connection_hang(postgres_factory):
         asking.join()
 
 
+def test_read_only_postgres_refuses_writes_until_it_takes_them_again(postgres_factory):
+    server = postgres_factory()
+    server.set_read_only(True)
+    with server.connect() as connection, pytest.raises(psycopg.errors.ReadOnlySqlTransaction):
+        connection.execute("CREATE TABLE t (n int)")
+    server.set_read_only(False)
+    with server.connect() as connection:
+        connection.execute("CREATE TABLE t (n int)")
+
+
 def test_secure_postgres_takes_only_the_login_over_tls(secure_postgres):
     with secure_postgres.connect() as connection:
         assert connection.execute("SELECT ssl FROM pg_stat_ssl WHERE pid = pg_backend_pid()").fetchone() == (True,)
@@ -407,156 +412,3 @@ def test_service_with_an_expired_certificate_starts_and_is_refused_by_clients(re
             client.list_topics(timeout=2)
         client.poll(0)
         assert confluent_kafka.KafkaError._SSL in {error.code() for error in errors}
-
-
-# The proxy
-
-
-@pytest.fixture
-def proxy(redis_server):
-    with proxy_to(redis_server.port) as proxy:
-        yield proxy
-
-
-def through(proxy: FaultyProxy, *, timeout_s: float = services.DEADLINE_S) -> redis.Redis:
-    return redis.Redis(host=proxy.host, port=proxy.port, socket_timeout=timeout_s, retry=None)
-
-
-def test_proxy_hands_on_and_delays(proxy):
-    with through(proxy) as client:
-        assert client.ping()
-        proxy.set("delay", delay_s=0.3)
-        begun = time.monotonic()
-        assert client.ping()
-        assert time.monotonic() - begun >= 0.3
-        proxy.set("pass")
-        assert client.ping()
-
-
-def test_proxy_that_hangs_accepts_and_never_answers_until_it_goes_on(proxy):
-    with through(proxy, timeout_s=SOON_S) as opened, through(proxy, timeout_s=SOON_S) as new:
-        assert opened.ping()
-        proxy.set("hang")
-        for client in (opened, new):
-            with pytest.raises(redis.exceptions.TimeoutError):
-                client.ping()
-    with socket.create_connection((proxy.host, proxy.port), timeout=services.DEADLINE_S) as waiting:
-        waiting.sendall(b"PING\r\n")
-        proxy.set("pass")
-        assert waiting.recv(16) == b"+PONG\r\n"
-
-
-def test_proxy_that_refuses_ends_connections_and_takes_none(proxy):
-    with through(proxy) as client:
-        assert client.ping()
-        proxy.set("refuse")
-        for _ in range(2):
-            with pytest.raises(redis.exceptions.ConnectionError):
-                client.ping()
-        with pytest.raises(ConnectionRefusedError):
-            socket.create_connection((proxy.host, proxy.port), timeout=1)
-        proxy.set("pass")
-        assert client.ping()
-
-
-def test_proxy_that_resets_ends_connections_abruptly(proxy):
-    with socket.create_connection((proxy.host, proxy.port), timeout=services.DEADLINE_S) as opened:
-        opened.sendall(b"PING\r\n")
-        assert opened.recv(16) == b"+PONG\r\n"
-        proxy.set("reset")
-        with pytest.raises(ConnectionResetError):
-            opened.recv(16)
-    with (
-        pytest.raises(ConnectionResetError),
-        socket.create_connection((proxy.host, proxy.port), timeout=services.DEADLINE_S) as new,
-    ):
-        new.recv(16)
-    proxy.set("pass")
-    with through(proxy) as client:
-        assert client.ping()
-
-
-def test_proxy_of_a_server_that_is_away_closes_the_connection():
-    with (
-        proxy_to(machine.free_port("127.0.0.1")) as proxy,
-        through(proxy) as client,
-        pytest.raises(redis.exceptions.ConnectionError),
-    ):
-        client.ping()
-
-
-@pytest.mark.parametrize(("mode", "delay_s"), [("slow", 0), ("delay", 0), ("pass", 1)])
-def test_proxy_refuses_a_mode_it_does_not_have(proxy, mode, delay_s):
-    with pytest.raises(ValueError, match=r"mode must be one of|delay_s, in seconds"):
-        proxy.set(mode, delay_s=delay_s)
-
-
-# Of a lab
-
-
-@pytest.fixture
-def lab(tmp_path, monkeypatch, services_here):
-    for kind in (services.RedisServer, services.PostgresServer, services.KafkaBroker):
-        services.have(kind)
-    monkeypatch.setattr("lab.state.HOME", tmp_path)
-    monkeypatch.setattr(together, "_DATA", Path(tempfile.mkdtemp(prefix="phoenix-lab-")))
-    together._DATA.chmod(0o711)
-    lab = Lab("unit")
-    yield lab
-    together.down(lab)
-    shutil.rmtree(together._DATA)
-
-
-def test_services_of_a_lab_are_for_pods_behind_logins_and_hand_over_what_an_operator_needs(lab):
-    root = together.up(lab, is_secure=True, is_for_pods=True)
-    files = {f"{path.parent.name}/{path.name}": path for path in root.glob("*/*")}
-    keys = {name: path.read_text() for name, path in files.items()}
-    assert keys["redis/host"] == keys["postgresql/host"] == machine.host_ip()
-    assert {path.stat().st_mode & 0o777 for path in files.values()} == {0o600}
-    with redis.Redis.from_url(keys["redis/uri"], ssl_ca_certs=str(files["redis/certificates"])) as client:
-        assert client.ping()
-    verified = f"?sslmode={keys['postgresql/sslmode']}&sslrootcert={files['postgresql/certificates']}"
-    psycopg.connect(keys["postgresql/uri"] + verified).close()
-    admin = confluent_kafka.admin.AdminClient(
-        {
-            "bootstrap.servers": keys["kafka/bootstrap-servers"],
-            "security.protocol": keys["kafka/security-protocol"],
-            "sasl.mechanism": keys["kafka/sasl-mechanism"],
-            "sasl.username": keys["kafka/username"],
-            "sasl.password": keys["kafka/password"],
-            "ssl.ca.location": str(files["kafka/certificates"]),
-        }
-    )
-    assert admin.list_topics(timeout=services.DEADLINE_S).brokers
-    items = json.loads((root.parent / "secrets.json").read_text())["items"]
-    secrets = {item["metadata"]["name"]: item for item in items}
-    settings = json.loads((root.parent / "settings.json").read_text())
-    for backend in settings["backends"]:
-        kind = backend["kind"]
-        secret = secrets[backend["adminSecretRef"]["name"]]
-        assert secret["metadata"]["namespace"] == "phoenix-system"
-        assert secret["type"] == f"servicebinding.io/{kind}"
-        assert secret["stringData"] == {path.name: path.read_text() for path in (root / kind).iterdir()}
-    assert [backend["kind"] for backend in settings["backends"]] == ["redis", "postgresql", "kafka"]
-
-
-def test_services_of_a_lab_start_again_where_they_were_and_go_with_their_data(lab):
-    assert together.status(lab) == (["the services of the lab 'unit' are not up"], False)
-    root = together.up(lab, is_secure=False, is_for_pods=False)
-    uri = (root / "redis" / "uri").read_text()
-    facts = together._facts(lab)
-    assert facts is not None
-    server, *others = together._services(lab, facts)
-    server.kill()
-    lines, is_well = together.status(lab)
-    assert not is_well
-    assert "does not run" in lines[1]
-    assert together.up(lab, is_secure=False, is_for_pods=False) == root
-    assert (root / "redis" / "uri").read_text() == uri
-    assert together.status(lab)[1]
-    with pytest.raises(LabError, match=r"are up on 127\.0\.0\.1, without logins; take them down first"):
-        together.up(lab, is_secure=True, is_for_pods=False)
-    together.down(lab)
-    assert not any(each.is_running for each in (server, *others))
-    assert not root.exists()
-    assert not list(together._DATA.glob("*/*/*"))

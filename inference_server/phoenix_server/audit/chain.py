@@ -4,21 +4,23 @@ Each process that writes is a writer with a name of its own (32 hex digits), and
 
     hash(row) = SHA-256(hash(row before) ‖ canonical(row)),    hash(row 0) = SHA-256("phoenix audit chain" ‖ writer)
 
-`canonical` is the columns of `AuditRow` in their order, each as 4 bytes of length, big-endian, and that many bytes; a
-NULL is the length 2^32-1 alone. Text is UTF-8, numbers are decimal digits, times are microseconds since 1970 in UTC.
-So a value cannot move from one column to the next, and who knows the table can compute the chain in any language.
+`canonical` is the row as a JSON object in UTF-8, without spaces: every column of `predictions` but `hash`, in the order
+of `AuditRow`. Moments are in UTC with six digits after the second (`2026-11-28T07:31:24.869988Z`), bytes are `\\\\x` and
+lower-case hex digits, in strings only `"`, `\\` and control characters are escaped. It is also the form in which rows
+go to PostgreSQL, so that each is written once; and who knows the table can compute the chain in any language.
 """
 
 import hashlib
-import struct
+import time
+from binascii import hexlify
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import lru_cache
 from typing import NamedTuple
 
-_LENGTH = struct.Struct(">I")
-_NULL = b"\xff\xff\xff\xff"
+import orjson
+
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _MICROSECOND = timedelta(microseconds=1)
 
@@ -77,30 +79,37 @@ def genesis(writer: str) -> bytes:
 
 
 def canonical(row: AuditRow) -> bytes:
-    """Return the bytes of a row that are hashed."""
-    return b"".join(
-        (
-            _constant(row.writer),
-            _digits(row.sequence),
-            _digits(row.written_us),
-            _digits(row.time_us),
-            _digits(row.latency_us),
-            _constants(row[5:12]),
-            _text(row.request_id),
-            _text(row.event_id),
-            _text(row.entity),
-            _text(row.caller),
-            _text(row.error),
-            _bytes(row.inputs),
-            _bytes(row.outputs),
-            _bytes(row.features),
-        )
+    """Return the bytes of a row that are hashed: a JSON object."""
+    return _FORM % (
+        row.writer.encode(),
+        row.sequence,
+        *_iso(row.written_us),
+        *_iso(row.time_us),
+        row.latency_us,
+        _constants(row[5:12]),
+        orjson.dumps(row.request_id),
+        orjson.dumps(row.event_id),
+        orjson.dumps(row.entity),
+        orjson.dumps(row.caller),
+        orjson.dumps(row.error),
+        _hex(row.inputs),
+        _hex(row.outputs),
+        _hex(row.features),
     )
 
 
-def next_hash(previous: bytes, row: AuditRow) -> bytes:
-    """Return the hash of `row` behind a row with the hash `previous`."""
-    return hashlib.sha256(previous + canonical(row)).digest()
+class ChainedRow(NamedTuple):
+    """A row with its canonical form and its hash."""
+
+    row: AuditRow
+    text: bytes
+    hash: bytes
+
+
+def chained(previous: bytes, row: AuditRow) -> ChainedRow:
+    """Return `row` behind a row with the hash `previous`."""
+    text = canonical(row)
+    return ChainedRow(row, text, hashlib.sha256(previous + text).digest())
 
 
 def check(writer: str, rows: Iterable[tuple[AuditRow, bytes]], heads: Iterable[Head]) -> Iterator[int | Break]:
@@ -123,7 +132,7 @@ def check(writer: str, rows: Iterable[tuple[AuditRow, bytes]], heads: Iterable[H
             text = "this row is missing" if missing == 1 else f"this row and the {missing - 1} behind it are missing"
             yield Break(writer, sequence + 1, text)
             return
-        if next_hash(previous, row) != stored:
+        if chained(previous, row).hash != stored:
             yield Break(writer, row.sequence, "this row was changed, or another stands in its place")
             return
         sequence, previous = row.sequence, stored
@@ -146,29 +155,27 @@ def moment(time_us: int) -> datetime:
     return _EPOCH + timedelta(microseconds=time_us)
 
 
-def _bytes(value: bytes | None) -> bytes:
-    return _NULL if value is None else _LENGTH.pack(len(value)) + value
+_FORM = (
+    b'{"writer":"%b","sequence":%d,"written":"%b.%06dZ","time":"%b.%06dZ","latency_us":%d,%b,"request_id":%b,'
+    b'"event_id":%b,"entity":%b,"caller":%b,"error":%b,"inputs":%b,"outputs":%b,"features":%b}'
+)
 
 
-def _text(value: str | None) -> bytes:
-    if value is None:
-        return _NULL
-    data = value.encode()
-    return _LENGTH.pack(len(data)) + data
+def _hex(value: bytes | None) -> bytes:
+    return b"null" if value is None else b'"\\\\x%b"' % hexlify(value)
 
 
-def _digits(value: int) -> bytes:
-    data = b"%d" % value
-    return _LENGTH.pack(len(data)) + data
+def _iso(time_us: int) -> tuple[bytes, int]:
+    second, rest = divmod(time_us, 1_000_000)
+    return _second(second), rest
 
 
-@lru_cache(256)
-def _constant(value: str) -> bytes:
-    """Return the text of a column that is the same in all rows of a writer."""
-    return _text(value)
+@lru_cache(64)
+def _second(second: int) -> bytes:
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second)).encode()
 
 
 @lru_cache(1024)
 def _constants(values: tuple[str, ...]) -> bytes:
     """Return the columns that are the same in most rows of a model."""
-    return b"".join(map(_text, values))
+    return orjson.dumps(dict(zip(AuditRow._fields[5:12], values, strict=True)))[1:-1]

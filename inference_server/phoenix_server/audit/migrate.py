@@ -5,6 +5,7 @@ through a pooler too. It runs as the owner of the schema where the login may bec
 the login: see docs/decisions/0018.
 """
 
+import contextlib
 import logging
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -27,9 +28,13 @@ _RIGHTS = (
 
 
 def ensure(link: Link) -> bool:
-    """Migrate if the schema is older than this server; return whether anything was done. Raises `DatabaseError`."""
-    if version(link) == VERSION:
-        return False
+    """Migrate if the schema is older than this server; return whether it was. Raises `DatabaseError`.
+
+    A login that is new (rotation) may not read the version yet: it gets its rights by the same way.
+    """
+    with contextlib.suppress(DatabaseError):
+        if version(link) == VERSION:
+            return False
     return migrate(link)
 
 

@@ -69,6 +69,7 @@ class Relay:
         link: Link | None = None
         next_count = 0.0
         now = asyncio.get_running_loop().time
+        await self._wake.wait()  # the tables may have to be made first
         try:
             while True:
                 try:

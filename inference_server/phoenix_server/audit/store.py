@@ -6,6 +6,7 @@ for the database but takes five round trips, which a slow network turns into sec
 several times the processor time here.) Values never become part of a statement's text.
 """
 
+from binascii import hexlify
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -16,7 +17,7 @@ from sqlalchemy import Connection, Table, bindparam, delete, func, insert, liter
 from sqlalchemy.dialects.postgresql import insert as insert_postgresql
 from sqlalchemy.dialects.sqlite import insert as insert_sqlite
 
-from phoenix_server.audit.chain import AuditRow, Head, microseconds, moment
+from phoenix_server.audit.chain import AuditRow, ChainedRow, Head, microseconds, moment
 from phoenix_server.audit.database import Database, Link
 from phoenix_server.event_format import Event
 
@@ -51,30 +52,32 @@ class Store:
 
     # --- the writer ------------------------------------------------------------------------------------------------
 
-    def add(self, link: Link, rows: Sequence[tuple[AuditRow, bytes]], events: Sequence[Event]) -> None:
-        """Commit rows, with the hash of each, and events: all or nothing. Raises `DatabaseError`."""
+    def add(self, link: Link, rows: Sequence[ChainedRow], events: Sequence[Event]) -> None:
+        """Commit rows and events: all or nothing. Raises `DatabaseError`."""
         connection = link.connection
         with self.database.errors():
             if self.database.is_sqlite:
                 with connection.begin():
                     if rows:
-                        connection.execute(insert(self._tables.predictions), [_as_values(*row) for row in rows])
+                        connection.execute(insert(self._tables.predictions), [_as_values(row.row, row.hash) for row in rows])
                     if events:
                         connection.execute(insert(self._tables.outbox), [_event_values(e, rows) for e in events])
                 return
-            document: dict[str, Any] = {"rows": [_as_json(*row) for row in rows]}
+            texts = [b'%b,"hash":"\\\\x%b"}' % (text[:-1], hexlify(chained)) for _, text, chained in rows]
+            document = b'{"rows":[%b]' % b",".join(texts)
             if events:
-                time = _iso(rows[0][0].written_us)
-                document["events"] = [
+                time = moment(rows[0].row.written_us).isoformat()
+                listed = [
                     {"time": time, "event_id": event.id, "topic": event.topic,
                      "key": f"\\x{event.key.hex()}", "value": f"\\x{event.value.hex()}"}
                     for event in events
                 ]  # fmt: skip
+                document += b',"events":%b' % orjson.dumps(listed)
             statement = self._insert_both if events else self._insert_rows
             # The driver's own cursor: outside of a transaction a statement is one, and SQLAlchemy would begin another.
             raw: Any = connection.connection.dbapi_connection
             with _autocommit(raw), raw.cursor() as cursor:
-                cursor.execute(statement, {"document": orjson.dumps(document).decode()})
+                cursor.execute(statement, {"document": f"{document.decode()}}}"})
 
     def has_row(self, link: Link, writer: str, sequence: int) -> bool:
         """Whether that row is there: what became of a transaction whose end was not heard of."""
@@ -209,25 +212,6 @@ class _autocommit:
             self._raw.autocommit = False
 
 
-def _iso(time_us: int) -> str:
-    return moment(time_us).isoformat()
-
-
-def _hex(value: bytes | None) -> str | None:
-    return None if value is None else f"\\x{value.hex()}"
-
-
-def _as_json(row: AuditRow, chained: bytes) -> dict[str, Any]:
-    return {
-        "writer": row.writer, "sequence": row.sequence, "written": _iso(row.written_us), "time": _iso(row.time_us),
-        "latency_us": row.latency_us, "namespace": row.namespace, "model": row.model, "version": row.version,
-        "digest": row.digest, "provider": row.provider, "runtime": row.runtime, "outcome": row.outcome,
-        "request_id": row.request_id, "event_id": row.event_id, "entity": row.entity, "caller": row.caller,
-        "error": row.error, "inputs": _hex(row.inputs), "outputs": _hex(row.outputs), "features": _hex(row.features),
-        "hash": _hex(chained),
-    }  # fmt: skip
-
-
 def _as_values(row: AuditRow, chained: bytes) -> dict[str, Any]:
     values = row._asdict()
     values["written"], values["time"] = moment(values.pop("written_us")), moment(values.pop("time_us"))
@@ -235,8 +219,8 @@ def _as_values(row: AuditRow, chained: bytes) -> dict[str, Any]:
     return values
 
 
-def _event_values(event: Event, rows: Sequence[tuple[AuditRow, bytes]]) -> dict[str, Any]:
-    time = moment(rows[0][0].written_us)
+def _event_values(event: Event, rows: Sequence[ChainedRow]) -> dict[str, Any]:
+    time = moment(rows[0].row.written_us)
     return {"time": time, "event_id": event.id, "topic": event.topic, "key": event.key, "value": event.value}
 
 

@@ -9,7 +9,6 @@ of the Open Inference Protocol.
 import json
 from collections.abc import Iterable
 from functools import lru_cache
-from typing import Any
 
 import numpy as np
 
@@ -21,15 +20,12 @@ _SIZE_BYTES = 4
 
 def pack(tensors: Iterable[tuple[str, Array]]) -> bytes:
     """Return named arrays as one value."""
-    keys: list[tuple[str, np.dtype[Any], tuple[int, ...], int]] = []
+    keys: list[tuple[str, str, tuple[int, ...], int]] = []
     parts: list[bytes | memoryview] = [b""]
     for name, array in tensors:
-        if array.dtype.kind == "O":
-            data: bytes | memoryview = bytes_of(array)
-            keys.append((name, array.dtype, array.shape, len(data)))
-        else:
-            data = array.tobytes()
-            keys.append((name, array.dtype, array.shape, len(data)))
+        char = array.dtype.char
+        data = bytes_of(array) if char == "O" else array.tobytes()
+        keys.append((name, char, array.shape, len(data)))
         parts.append(data)
     parts[0] = _header(tuple(keys))
     return b"".join(parts)
@@ -54,11 +50,11 @@ def unpack(blob: bytes) -> list[tuple[str, Array]]:
 
 
 @lru_cache(1024)
-def _header(keys: "tuple[tuple[str, np.dtype[Any], tuple[int, ...], int], ...]") -> bytes:
+def _header(keys: tuple[tuple[str, str, tuple[int, ...], int], ...]) -> bytes:
     """Return size and header; requests of one model share a few."""
     entries = [
-        {"name": name, "datatype": dtype_of(np.empty(0, dtype)).name, "shape": list(shape), "size": size}
-        for name, dtype, shape, size in keys
+        {"name": name, "datatype": dtype_of(np.empty(0, char)).name, "shape": list(shape), "size": size}
+        for name, char, shape, size in keys
     ]
     text = json.dumps(entries, separators=(",", ":")).encode()
     return len(text).to_bytes(_SIZE_BYTES, "little") + text

@@ -20,7 +20,7 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
-from phoenix_server.audit.chain import Head, genesis, next_hash
+from phoenix_server.audit.chain import Head, chained, genesis
 from phoenix_server.audit.record import Record, facts_of, row_of
 from phoenix_server.binding_state import BindingState
 from phoenix_server.errors import Code, PhoenixError, StartError
@@ -320,6 +320,7 @@ class _Thread:
         """Say that the database is up only when it takes writes: a head of length 0 begins the chain."""
         self._store.add_head(link, Head(self._name, 0, genesis(self._name)), datetime.now(UTC))
         self._writer.works()
+        self._writer.tell(self._writer.on_events)  # a process that is gone may have left some
 
     def _lost(self, error: Exception) -> None:
         from phoenix_server.audit.database import DatabaseError
@@ -364,12 +365,12 @@ class _Thread:
 
         started = time.perf_counter()
         written_us = max(self._written_us, time.time_ns() // 1000)
-        sequence, chained, rows, events = self._sequence, self._hash, [], []
+        sequence, last, rows, events = self._sequence, self._hash, [], []
         for record in group:
-            row = row_of(record, self._name, sequence + 1, written_us)
-            chained = next_hash(chained, row)
             sequence += 1
-            rows.append((row, chained))
+            row = chained(last, row_of(record, self._name, sequence, written_us))
+            last = row.hash
+            rows.append(row)
             if record.event is not None:
                 events.append(record.event)
         try:
@@ -383,7 +384,7 @@ class _Thread:
             if lasting:
                 self._doubtful = (self._name, sequence, lasting)
             raise
-        self._sequence, self._hash, self._written_us = sequence, chained, written_us
+        self._sequence, self._hash, self._written_us = sequence, last, written_us
         self._writer.answer(group, None)
         self._writer.works()
         self._metrics.rows += len(rows)

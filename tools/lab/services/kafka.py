@@ -70,14 +70,14 @@ num.recovery.threads.per.data.dir=1
 log.cleaner.dedupe.buffer.size=16777216
 """
 _PLAIN = """\
-listeners=PLAINTEXT://{host}:{port},CONTROLLER://127.0.0.1:{controller_port}
-advertised.listeners=PLAINTEXT://{host}:{port}
-inter.broker.listener.name=PLAINTEXT
-listener.security.protocol.map=CONTROLLER:PLAINTEXT,PLAINTEXT:PLAINTEXT
+listeners=PLAINTEXT://{host}:{port},BROKER://127.0.0.1:{broker_port},CONTROLLER://127.0.0.1:{controller_port}
+advertised.listeners=PLAINTEXT://{host}:{advertised_port},BROKER://127.0.0.1:{broker_port}
+inter.broker.listener.name=BROKER
+listener.security.protocol.map=CONTROLLER:PLAINTEXT,BROKER:PLAINTEXT,PLAINTEXT:PLAINTEXT
 """
 _SECURE = """\
 listeners=SASL_SSL://{host}:{port},MUTUAL://{host}:{mutual_port},BROKER://127.0.0.1:{broker_port},CONTROLLER://127.0.0.1:{controller_port}
-advertised.listeners=SASL_SSL://{host}:{port},MUTUAL://{host}:{mutual_port},BROKER://127.0.0.1:{broker_port}
+advertised.listeners=SASL_SSL://{host}:{advertised_port},MUTUAL://{host}:{mutual_port},BROKER://127.0.0.1:{broker_port}
 inter.broker.listener.name=BROKER
 listener.security.protocol.map=CONTROLLER:SASL_PLAINTEXT,BROKER:SASL_PLAINTEXT,SASL_SSL:SASL_SSL,MUTUAL:SSL
 sasl.mechanism.inter.broker.protocol=PLAIN
@@ -113,14 +113,18 @@ class Kafka(Service):
     """A Kafka broker. Without TLS anybody may do everything; with it, `admin` is the super user.
 
     `takes_tokens`: with TLS, it takes OAUTHBEARER too, and believes any unsigned token (`alg: none`): who can make one
-    is whoever it names. For tests of clients that bring tokens.
+    is whoever it names. For tests of clients that bring tokens. `advertised_port`: where clients are told to find it,
+    if not on `port`: a proxy before it sees all that they say, and not only their first question.
     """
 
     kind = "kafka"
 
-    def __init__(self, folder: Path, *, takes_tokens: bool = False, **options: Any) -> None:
+    def __init__(
+        self, folder: Path, *, takes_tokens: bool = False, advertised_port: int | None = None, **options: Any
+    ) -> None:
         super().__init__(folder, **options)
         self.takes_tokens = takes_tokens
+        self.advertised_port = advertised_port or self.port
 
     @classmethod
     def install(cls) -> None:
@@ -158,6 +162,8 @@ class Kafka(Service):
         values = {
             "host": self.host,
             "port": self.port,
+            "advertised_port": self.advertised_port,
+            "broker_port": machine.free_port("127.0.0.1"),
             "controller_port": machine.free_port("127.0.0.1"),
             "data": self.folder / "data",
         }
@@ -171,7 +177,6 @@ class Kafka(Service):
             write_secret(self._pki / "server.pem", key.read_text() + server.read_text())
             values |= {
                 "username": admin.username,
-                "broker_port": machine.free_port("127.0.0.1"),
                 "mutual_port": machine.free_port(self.host),
                 "mechanisms": "SCRAM-SHA-512,PLAIN" + (",OAUTHBEARER" if self.takes_tokens else ""),
                 "oauthbearer": f"{_MODULE}.oauthbearer.OAuthBearerLoginModule required;",

@@ -129,4 +129,4 @@ def _folder(lab: Lab) -> Path:
 
 
 def _data(lab: Lab) -> Path:
-    return _DATA / lab.name / "services" if os.geteuid() == 0 else _folder(lab) / "data"
+    return _DATA / lab.name if os.geteuid() == 0 else _folder(lab) / "data"
