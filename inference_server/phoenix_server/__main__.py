@@ -1,4 +1,4 @@
-"""The command line: `phoenix-server serve | check | migrate | audit | openapi`."""
+"""The command line: `phoenix-server serve | check | migrate | audit | features import | openapi`."""
 
 import argparse
 import gc
@@ -19,6 +19,10 @@ from phoenix_server.logs import configure
 
 if TYPE_CHECKING:
     from phoenix_api import Manifest
+
+_DATATYPES = (
+    "BOOL", "UINT8", "UINT16", "UINT32", "UINT64", "INT8", "INT16", "INT32", "INT64", "FP16", "FP32", "FP64", "BYTES",
+)  # fmt: skip
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -47,6 +51,7 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument("--http-port", type=int, help="REST port (PHOENIX_HTTP_PORT)")
             command.add_argument("--grpc-port", type=int, help="gRPC port (PHOENIX_GRPC_PORT)")
         command.add_argument("--model-store", type=Path, help="folder for relative URIs (PHOENIX_MODEL_STORE)")
+    _add_features(commands)
     command = commands.add_parser(
         "openapi", help="print the OpenAPI document", description="print the OpenAPI document"
     )
@@ -75,6 +80,51 @@ def _add_audit(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     which.add_argument("--last", type=int, default=0, metavar="N", help="the newest N predictions")
     command.add_argument("--model-store", type=Path, help="folder for relative URIs (PHOENIX_MODEL_STORE)")
     command.set_defaults(command=_audit, what="replay")
+
+
+def _add_features(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    text = "the online features of models"
+    actions = commands.add_parser("features", help=text, description=text).add_subparsers(
+        required=True, metavar="ACTION"
+    )
+    text = (
+        "write a table of features into the Redis hashes that a model reads; nothing is written if a row is wrong; "
+        "exit 0, 3 for a fault in the file, 4 when Redis fails"
+    )
+    command = actions.add_parser("import", help="write a table of features into Redis", description=text)
+    command.add_argument("file", type=Path, metavar="FILE", help="CSV with a header, or Parquet")
+    command.add_argument("--manifest", type=Path, required=True, help="the model's manifest, or its folder")
+    command.add_argument("--model", default="", help="name of the model, where the manifests have several")
+    command.add_argument("--url", help="Redis, without a password on the command line (PHOENIX_REDIS_URL)")
+    command.add_argument("--entity-column", default="", help="column of the entity (default: the entityParameter)")
+    text = f"datatype of the input, to spare a look at the model: {', '.join(_DATATYPES)}"
+    command.add_argument("--datatype", default="", choices=_DATATYPES, metavar="TYPE", help=text)
+    command.add_argument("--check-only", action="store_true", help="check the file and write nothing")
+    command.add_argument("--model-store", type=Path, help="folder for relative URIs (PHOENIX_MODEL_STORE)")
+    command.set_defaults(command=_import_features)
+
+
+def _import_features(options: argparse.Namespace) -> int:
+    from phoenix_server.feature_import import ImportOptions, import_features
+    from phoenix_server.settings import load_settings
+
+    try:
+        settings = load_settings(redis_url=options.url, model_store=options.model_store)
+        configure("warning")
+        found = [
+            manifest
+            for manifest in _manifests([options.manifest], strict=True)
+            if options.model in ("", manifest.model.metadata.name) and (options.model or manifest.model.spec.features)
+        ]
+        if len({manifest.model.metadata.name for manifest in found}) != 1:
+            names = ", ".join(sorted({manifest.model.metadata.name for manifest in found}))
+            what = f"several models with features: {names}; give --model" if found else "no such model with features"
+            raise StartError(Reason.INVALID_SPEC, f"{options.manifest}: {what}")
+        how = ImportOptions(options.file, options.entity_column, options.datatype, options.check_only)
+        return import_features(settings, found[-1], how)
+    except ModelLoadError as error:
+        print(f"FAILED {error.reason}: {error.message}", file=sys.stderr)
+        raise
 
 
 def _serve(options: argparse.Namespace) -> int:

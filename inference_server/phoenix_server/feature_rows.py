@@ -28,7 +28,7 @@ Values = Sequence[bytes | None] | None
 Scalar = float | int | bool | str
 
 # Neither control characters (C0, C1, DEL, line separators) nor halves of surrogate pairs, which UTF-8 cannot hold.
-_ENTITY = re.compile(rf"[^\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]{{1,{MAX_ENTITY_CHARACTERS}}}")
+ENTITY = re.compile(rf"[^\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]{{1,{MAX_ENTITY_CHARACTERS}}}")
 _INTEGER = re.compile(rb"[+-]?[0-9]+")
 _NUMBER = re.compile(rb"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
 _BOOLS = {b"1": True, b"true": True, b"0": False, b"false": False}
@@ -137,8 +137,8 @@ class FeaturePlan:
             found, is_list = [value], False
         else:
             found, is_list = self._listed(value)
-        if not all(map(_ENTITY.fullmatch, found)):
-            index = next(index for index, entity in enumerate(found) if not _ENTITY.fullmatch(entity))
+        if not all(map(ENTITY.fullmatch, found)):
+            index = next(index for index, entity in enumerate(found) if not ENTITY.fullmatch(entity))
             where = f"parameter '{name}'" + (f"[{index}]" if is_list else "")
             raise invalid(
                 f"{where} must have 1 to {MAX_ENTITY_CHARACTERS} characters and no control characters, "

@@ -154,6 +154,7 @@ class _Connection(asyncio.Protocol):
                 if len(asked.replies) == asked.count:
                     waiting.popleft()
                     self._in_flight -= asked.count
+                    self.is_useful |= kind is list
                     if not asked.future.done():  # else its caller has gone
                         asked.future.set_result(asked.replies)
         except hiredis.HiredisError:
@@ -216,6 +217,7 @@ class RedisLink:
         if (connection := self._connection) is not None:
             connection.close("the server is stopping")
             await connection.lost
+        self._attempt.set()  # there will be no other
 
     async def read(self, commands: Sequence[bytes], fields: Fields) -> list[Reply]:
         """Return the values of `fields` for each HMGET of `commands`, None where a key holds no hash.
@@ -228,7 +230,6 @@ class RedisLink:
                 replies = await self._read_anew(commands, width)
             else:
                 replies = await connection.ask(commands, width)
-                connection.is_useful = True
         except RedisUnavailable:
             if connection is None or connection.is_late or not connection.lost.done():
                 raise

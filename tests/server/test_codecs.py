@@ -125,8 +125,8 @@ def test_number_that_no_datatype_holds_is_refused(parse: Any, number: str) -> No
 @pytest.mark.parametrize(
     ("document", "message"),
     [
-        ({"inputs": None}, "'inputs' must be a non-empty list of tensors, got nothing"),
-        ({"inputs": []}, "'inputs' must be a non-empty list"),
+        ({"inputs": None}, "'inputs' must be a list of tensors, got nothing"),
+        ({"inputs": {}}, "'inputs' must be a list of tensors, got an object"),
         ({"inputs": [1]}, "inputs[0] must be an object, got a number"),
         ({"id": 5}, "'id' must be a string"),
         ({"outputs": {}}, "'outputs' must be a list"),

@@ -147,7 +147,9 @@ def test_integers_are_read_up_to_their_limits(dtype: DType) -> None:
 
 
 @pytest.mark.parametrize("dtype", NUMBERS, ids=lambda dtype: dtype.name)
-@pytest.mark.parametrize("text", ["nan", "NaN", "inf", "-Infinity", "1e999", "1_0", "", "abc", "1,5", "0x1p3", "١"])
+@pytest.mark.parametrize(
+    "text", ["nan", "NaN", "inf", "-Infinity", "1e999", "1_0", "", "abc", "1,5", "0x1p3", "\u0661"]
+)
 def test_what_is_no_finite_decimal_number_is_not_parsable(dtype: DType, text: str) -> None:
     with pytest.raises(ValueError, match="a finite number"):
         parse_value(text.encode(), dtype)
@@ -187,7 +189,9 @@ def row(*values: bytes | None, updated: bytes | None = FRESH) -> list[bytes | No
 texts = st.one_of(
     st.floats().map(repr),
     st.integers(-(2**70), 2**70).map(str),
-    st.sampled_from(["", " 1 ", "1_0", "+1", "-0", ".5", "5.", "1e5", "1e400", "nan", "inf", "0x1", "1e", "--1", "٣"]),
+    st.sampled_from(
+        ["", " 1 ", "1_0", "+1", "-0", ".5", "5.", "1e5", "1e400", "nan", "inf", "0x1", "1e", "--1", "\u0663"]
+    ),
     st.text("0123456789+-.eE_ xnaif\n\t\0", max_size=8),
 ).map(str.encode)
 
@@ -243,9 +247,7 @@ def test_reject_names_the_entity_and_its_fields() -> None:
     assert completed.counts == {"missing": 1, "unparsable": 1}
     assert completed.array.tolist() == [[1, 0, 0]]
     completed = plan().complete(["u7"], [row(b"1", None, b"abc")], 1, NOW)
-    assert completed.refusal == (
-        "features of 'u7' are missing: b; features of 'u7' are not a finite number of FP32: c"
-    )
+    assert completed.refusal == ("features of 'u7' are missing: b; features of 'u7' are not a finite number of FP32: c")
 
 
 def test_a_default_stands_in_for_a_field_but_not_for_an_entity_under_reject() -> None:

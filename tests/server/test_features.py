@@ -1,4 +1,4 @@
-"""Online features from a real Redis, over REST, binary and gRPC: what is found, what is missing, and what goes wrong."""
+"""Online features from a real Redis, over REST, binary and gRPC: found, missing, stale, and a Redis that fails."""
 
 import json
 from collections.abc import Iterator
@@ -296,9 +296,7 @@ def test_grpc_says_unavailable(server: Running, proxy: FaultyProxy) -> None:
         assert error.value.status() == "StatusCode.UNAVAILABLE"
 
 
-def test_redis_killed_under_load_and_back_gives_every_request_its_own_answer(
-    folder: Path, redis_factory: Any
-) -> None:
+def test_redis_killed_under_load_and_back_gives_every_request_its_own_answer(folder: Path, redis_factory: Any) -> None:
     own: RedisServer = redis_factory()
     with own.client() as store:
         for index in range(64):
