@@ -32,6 +32,7 @@ def metrics_page() -> str:
     metrics.on_request("GET", 200, 0.1)
     metrics.watch_events.labels("Deployment", "MODIFIED")
     metrics.missed_events.labels("Deployment")
+    metrics.backend_seconds.labels("redis", "ok")
     rows = []
     for family in metrics.registry.collect():
         if not family.samples:

@@ -210,7 +210,7 @@ def is_too_large(error: KafkaError) -> bool:
 
 
 class _Log:
-    """Takes librdkafka's log lines, which tell of every retry: for debugging only, states and counters tell the rest."""
+    """Takes librdkafka's log lines, which tell of every retry: for debugging; states and counters tell the rest."""
 
     def __init__(self, clean: Callable[[str], str]) -> None:
         self._clean = clean

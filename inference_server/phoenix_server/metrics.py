@@ -348,7 +348,9 @@ class Metrics:
 
     def _events(self) -> Iterator[Metric]:
         published = CounterMetricFamily(
-            "phoenix_events_published", "Events that the broker acknowledged, or that are in the file.", labels=["model"]
+            "phoenix_events_published",
+            "Events that the broker acknowledged, or that are in the file.",
+            labels=["model"],
         )
         dropped = CounterMetricFamily("phoenix_events_dropped", "Events that were lost.", labels=["model", "reason"])
         for model, counts in list(self.events.items()):
@@ -359,39 +361,37 @@ class Metrics:
         yield dropped
 
     def _async_requests(self) -> Iterator[Metric]:
-        families = {
-            "results": CounterMetricFamily(
-                "phoenix_async_results", "Results of asynchronous inference, committed.", labels=["model"]
+        by_model = list(self.async_requests.items())
+        counters: tuple[tuple[str, str, str, Callable[[RequestCounts], dict[str, int]]], ...] = (
+            ("phoenix_async_results", "Results of asynchronous inference, committed.", "", lambda c: {"": c.results}),
+            ("phoenix_async_dead_letters", "Requests that could not be served.", "reason", lambda c: c.dead_letters),
+            (
+                "phoenix_async_retries",
+                "Inferences to try again after a fault that passes.",
+                "",
+                lambda c: {"": c.retries},
             ),
-            "dead_letters": CounterMetricFamily(
-                "phoenix_async_dead_letters", "Requests that could not be served, committed.", labels=["model", "reason"]
-            ),
-            "retries": CounterMetricFamily(
-                "phoenix_async_retries", "Inferences tried again after a fault that passes.", labels=["model"]
-            ),
-            "transactions": CounterMetricFamily(
-                "phoenix_async_transactions", "Transactions, by how they ended.", labels=["model", "outcome"]
-            ),
-            "abandoned": CounterMetricFamily(
+            ("phoenix_async_transactions", "Transactions, by how they ended.", "outcome", lambda c: c.transactions),
+            (
                 "phoenix_async_producers_abandoned",
                 "Producers given up because a call outlasted its deadline.",
-                labels=["model"],
+                "",
+                lambda c: {"": c.producers_abandoned},
             ),
-            "lag": GaugeMetricFamily(
-                "phoenix_async_lag_records", "Requests in this process's partitions not yet answered.", labels=["model"]
-            ),
-        }
-        for model, counts in list(self.async_requests.items()):
-            families["results"].add_metric([model], counts.results)
-            for reason, count in list(counts.dead_letters.items()):
-                families["dead_letters"].add_metric([model, reason], count)
-            families["retries"].add_metric([model], counts.retries)
-            for outcome, count in counts.transactions.items():
-                families["transactions"].add_metric([model, outcome], count)
-            families["abandoned"].add_metric([model], counts.producers_abandoned)
+        )
+        for name, text, label, numbers in counters:
+            family = CounterMetricFamily(name, text, labels=["model", label] if label else ["model"])
+            for model, counts in by_model:
+                for value, count in list(numbers(counts).items()):
+                    family.add_metric([model, value] if label else [model], count)
+            yield family
+        lag = GaugeMetricFamily(
+            "phoenix_async_lag_records", "Requests in this process's partitions not yet answered.", labels=["model"]
+        )
+        for model, counts in by_model:
             if counts.lag_records is not None:
-                families["lag"].add_metric([model], counts.lag_records)
-        yield from families.values()
+                lag.add_metric([model], counts.lag_records)
+        yield lag
 
     @staticmethod
     def _histograms(models: list[ModelMetrics], by_model: list[str]) -> Iterator[Metric]:

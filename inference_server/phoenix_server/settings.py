@@ -150,7 +150,7 @@ class Settings(BaseModel):
     )
     kafka_username: str | None = Field(None, description="User for PLAIN and SCRAM.")
     kafka_password: SecretStr | None = Field(None, description="Password for PLAIN and SCRAM.")
-    kafka_ca_file: Path | None = Field(None, description="PEM of the CAs that signed the brokers; absent: the system's.")
+    kafka_ca_file: Path | None = Field(None, description="PEM of the CAs of the brokers; absent: the system's.")
     kafka_certificate_file: Path | None = Field(None, description="PEM of the client certificate, for mutual TLS.")
     kafka_key_file: Path | None = Field(None, description="PEM of the client certificate's private key.")
     kafka_key_password: SecretStr | None = Field(None, description="Password of that key, if it has one.")
@@ -179,13 +179,18 @@ class Settings(BaseModel):
         500, ge=1, le=10_000, description="Most requests that share a transaction of asynchronous inference."
     )
     events_queue_records: int = Field(
-        50_000, ge=1, le=10_000_000, description="Most events that wait to be sent or written; more are lost and counted."
+        50_000,
+        ge=1,
+        le=10_000_000,
+        description="Most events that wait; more are lost and counted.",
     )
     events_queue_bytes: int = Field(
         64 << 20, ge=1 << 16, description="Most bytes of events that wait, estimated from their tensors."
     )
     events_file_bytes: int = Field(
-        64 << 20, ge=1 << 16, description="Size of an event file beyond which it becomes `.1`, in place of an older one."
+        64 << 20,
+        ge=1 << 16,
+        description="Size beyond which an event file becomes `.1`, in place of the older one.",
     )
 
     @field_validator("database_url")

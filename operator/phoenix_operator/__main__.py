@@ -60,6 +60,13 @@ def _parser() -> argparse.ArgumentParser:
     manifests.add_argument(
         "--secrets", type=_names, default=(), metavar="A,B", help="Secrets that it may read, with --namespaces"
     )
+    manifests.add_argument(
+        "--bindings",
+        type=_names,
+        default=(),
+        metavar="A,B",
+        help="admin Secrets of backends in the operator's namespace; with it the rights that bindings need",
+    )
     manifests.set_defaults(command=_manifests)
     return parser
 
@@ -100,7 +107,8 @@ def _manifests(options: argparse.Namespace, _: Settings) -> int:
     from phoenix_operator import install
 
     options.folder.mkdir(parents=True, exist_ok=True)
-    for name, text in install.files(crd.render(), namespaces=options.namespaces, secrets=options.secrets).items():
+    asked = {name: getattr(options, name) for name in ("namespaces", "secrets", "bindings")}
+    for name, text in install.files(crd.render(), **asked).items():
         (options.folder / name).write_text(text)
         print(f"wrote {options.folder / name}", file=sys.stderr)
     return 0

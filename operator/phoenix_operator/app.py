@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from phoenix_operator import handlers, probes
+from phoenix_operator.backend_pool import BackendPool
+from phoenix_operator.bindings import Bindings
 from phoenix_operator.cluster import ApiError, Cluster
 from phoenix_operator.kinds import (
     CHILDREN,
@@ -88,7 +90,9 @@ async def _operator(settings: Settings, place: Place) -> AsyncIterator["_Operato
         stack.push_async_callback(cluster.close)
         states = PodStates(metrics, timeout_s=settings.state_timeout_seconds)
         stack.push_async_callback(states.close)
-        operator = _Operator(settings, place, cluster, states, metrics)
+        pool = BackendPool(cluster, settings, metrics, namespace=place.namespace)
+        stack.push_async_callback(pool.close)
+        operator = _Operator(settings, place, cluster, states, pool, metrics)
         runner = await probes.serve(settings.http_port, metrics, health=operator.health, readiness=operator.readiness)
         stack.push_async_callback(runner.cleanup)
         yield operator
@@ -97,7 +101,15 @@ async def _operator(settings: Settings, place: Place) -> AsyncIterator["_Operato
 class _Operator:
     """The parts of a running operator."""
 
-    def __init__(self, settings: Settings, place: Place, cluster: Cluster, states: PodStates, metrics: Metrics) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        place: Place,
+        cluster: Cluster,
+        states: PodStates,
+        pool: BackendPool,
+        metrics: Metrics,
+    ) -> None:
         self._settings, self._place, self._metrics = settings, place, metrics
         self._cluster = cluster
         self._store = Store()
@@ -111,6 +123,7 @@ class _Operator:
             namespaces=place.namespaces,
             every_s=settings.resync_seconds,
         )
+        recorder = Recorder(cluster, metrics, host=place.identity)
         self._reconcile = Reconciler(
             Parts(
                 cluster=cluster,
@@ -119,7 +132,8 @@ class _Operator:
                 metrics=metrics,
                 states=states,
                 placement=Placement(cluster),
-                recorder=Recorder(cluster, metrics, host=place.identity),
+                recorder=recorder,
+                bindings=Bindings(cluster, self._store, pool, recorder, settings),
                 operator_namespace=place.namespace,
                 served_kinds=lambda: self._resync.served_kinds,
             )

@@ -10,7 +10,7 @@ import json
 import random
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 from urllib.parse import quote, urlencode
@@ -227,6 +227,32 @@ class Cluster:
         }
         query = {"fieldManager": _STATUS_MANAGER, "force": "true"}
         return await self._apply(kind.path(namespace, name, "status"), query, body, "STATUS")
+
+    async def patch_metadata(
+        self, kind: Kind, metadata: Object, *, finalizers: Sequence[str], annotations: Mapping[str, str | None]
+    ) -> Object | None:
+        """Set the finalizers and these annotations (None: no longer there) of the object of this resourceVersion.
+
+        Return the object, None if it is gone. Not by apply: a finalizer that somebody else's apply repeats would have
+        two owners, and ours alone could not take it away. Raises `ApiError` 409 if the object is newer.
+        """
+        body: Object = {
+            "metadata": {
+                "uid": metadata["uid"],
+                "resourceVersion": metadata["resourceVersion"],
+                "finalizers": list(finalizers),
+                "annotations": dict(annotations),
+            }
+        }
+        path = kind.path(metadata["namespace"], metadata["name"])
+        query = {"fieldManager": FIELD_MANAGER}
+        try:
+            stored: Object = await self._request("PATCH", path, query=query, body=body, content_type=_MERGE_PATCH)
+        except ApiError as error:
+            if error.code == 404:
+                return None
+            raise
+        return stored
 
     async def delete(self, kind: Kind, namespace: str, name: str, *, uid: str) -> None:
         """Delete the object with this uid; none is fine, one with another uid is left alone."""

@@ -2,7 +2,7 @@
 
 The rights follow from the table of kinds and from nothing else, so that a new kind cannot be forgotten; a test holds
 them against what `desired` emits and the modules call, in both directions. A namespaced install has Roles only, and
-reads Secrets by the names it is told.
+reads Secrets by the names it is told. Rights to write Secrets and PhoenixModels come with bindings only.
 """
 
 from collections.abc import Sequence
@@ -45,6 +45,8 @@ _WATCH = ["list", "watch"]
 _OWN = ["get", *_WATCH, "create", "patch"]
 # Every model has these, so they are never taken away from one: they go with their owner.
 _LASTING = frozenset({CONFIG_MAP, SERVICE, DEPLOYMENT})
+# Of PostgreSQL, Redis and Kafka, without and with TLS, as they are usually installed.
+BACKEND_PORTS = (5432, 6379, 6380, 9092, 9093)
 
 
 def rule(kind: Kind, verbs: Sequence[str], *, subresource: str = "", names: Sequence[str] = ()) -> Object:
@@ -54,9 +56,15 @@ def rule(kind: Kind, verbs: Sequence[str], *, subresource: str = "", names: Sequ
     return found | ({"resourceNames": list(names)} if names else {})
 
 
-def model_rules(*, secrets: Sequence[str] | None) -> list[Object]:
-    """Return the rights in the namespaces of models. `secrets` are the names that may be read; None: any."""
+def model_rules(*, secrets: Sequence[str] | None, bindings: bool = False) -> list[Object]:
+    """Return the rights in the namespaces of models. `secrets` are the names that may be read; None: any.
+
+    With `bindings` a Secret may be kept for each binding. Its name begins with the model's, which no role can foresee,
+    so these rights are to all Secrets; and there is a finalizer to be set on models.
+    """
     readable = [] if secrets is not None and not secrets else [rule(SECRET, ["get"], names=secrets or ())]
+    if bindings:
+        readable = [rule(SECRET, ["get", "create", "patch", "delete"]), rule(PHOENIX_MODEL, ["patch"])]
     return [
         rule(PHOENIX_MODEL, _WATCH),
         rule(PHOENIX_MODEL, ["patch"], subresource="status"),
@@ -85,8 +93,18 @@ def lease_rules() -> list[Object]:
     ]
 
 
-def manifests(*, namespaces: Sequence[str] = (), secrets: Sequence[str] = ()) -> list[Object]:
-    """Return everything but the CRD. Without `namespaces` the install is cluster-wide."""
+def backend_rules(names: Sequence[str]) -> list[Object]:
+    """Return the right to read the admin Secrets of backends, in the operator's own namespace."""
+    return [rule(SECRET, ["get"], names=names)]
+
+
+def manifests(
+    *, namespaces: Sequence[str] = (), secrets: Sequence[str] = (), bindings: Sequence[str] = ()
+) -> list[Object]:
+    """Return everything but the CRD. Without `namespaces` the install is cluster-wide.
+
+    `bindings` are the admin Secrets of backends; without any the operator may provision nothing.
+    """
     account = {"kind": "ServiceAccount", "name": OPERATOR, "namespace": NAMESPACE}
     objects: list[Object] = [
         {
@@ -97,18 +115,26 @@ def manifests(*, namespaces: Sequence[str] = (), secrets: Sequence[str] = ()) ->
         {"apiVersion": "v1", "kind": "ServiceAccount", "metadata": _metadata(OPERATOR)},
         *_granted("Role", f"{OPERATOR}-lease", NAMESPACE, lease_rules(), account),
     ]
+    if bindings:
+        objects += _granted("Role", f"{OPERATOR}-backends", NAMESPACE, backend_rules(bindings), account)
     if namespaces:
         for namespace in namespaces:
-            objects += _granted("Role", OPERATOR, namespace, model_rules(secrets=secrets), account)
+            rules = model_rules(secrets=secrets, bindings=bool(bindings))
+            objects += _granted("Role", OPERATOR, namespace, rules, account)
     else:
-        rules = [*model_rules(secrets=None), *cluster_rules()]
+        rules = [*model_rules(secrets=None, bindings=bool(bindings)), *cluster_rules()]
         objects += _granted("ClusterRole", OPERATOR, None, rules, account)
         objects += aggregated_roles()
     settings = {"settings.yaml": "# See docs/reference/operator-settings.md\n{}\n"}
     objects.append(
         {"apiVersion": "v1", "kind": "ConfigMap", "metadata": _metadata(f"{OPERATOR}-settings"), "data": settings}
     )
-    objects += [_deployment(namespaces), _disruption_budget(), _service(), _network_policy()]
+    objects += [
+        _deployment(namespaces),
+        _disruption_budget(),
+        _service(),
+        _network_policy(BACKEND_PORTS if bindings else ()),
+    ]
     return objects
 
 
@@ -236,8 +262,9 @@ def _service() -> Object:
     return {"apiVersion": "v1", "kind": "Service", "metadata": _metadata(OPERATOR), "spec": spec}
 
 
-def _network_policy() -> Object:
-    """In: scrapes and probes. Out: DNS, the API server (whose address no policy can name) and the models' pods."""
+def _network_policy(backend_ports: Sequence[int]) -> Object:
+    """In: scrapes and probes. Out: DNS, the API server (whose address no policy can name), models' pods, backends."""
+    to_backends = [{"ports": [{"protocol": "TCP", "port": port} for port in backend_ports]}] if backend_ports else []
     spec = {
         "podSelector": {"matchLabels": _SELECTOR},
         "policyTypes": ["Ingress", "Egress"],
@@ -251,6 +278,7 @@ def _network_policy() -> Object:
                 ],
                 "ports": [{"protocol": "TCP", "port": 8000}],
             },
+            *to_backends,
         ],
     }
     return {
@@ -266,9 +294,11 @@ def kustomization(resources: Sequence[str]) -> dict[str, Any]:
     return {"apiVersion": "kustomize.config.k8s.io/v1beta1", "kind": "Kustomization", "resources": list(resources)}
 
 
-def files(crd: str, *, namespaces: Sequence[str] = (), secrets: Sequence[str] = ()) -> dict[str, str]:
+def files(
+    crd: str, *, namespaces: Sequence[str] = (), secrets: Sequence[str] = (), bindings: Sequence[str] = ()
+) -> dict[str, str]:
     """Return the files of an install folder by name; `crd` is the text of the CRD."""
     header = "# GENERATED by `phoenix-operator manifests`: change the code, then run `make manifests`.\n"
-    install = as_yaml(manifests(namespaces=namespaces, secrets=secrets))
+    install = as_yaml(manifests(namespaces=namespaces, secrets=secrets, bindings=bindings))
     listed = yaml.safe_dump(kustomization(["phoenixmodels.yaml", "operator.yaml"]), sort_keys=False)
     return {"phoenixmodels.yaml": crd, "operator.yaml": header + install, "kustomization.yaml": header + listed}

@@ -78,7 +78,7 @@ CHILDREN = (
 OPTIONAL = frozenset({RESOURCE_CLAIM_TEMPLATE, HTTP_ROUTE, POD_MONITOR, SERVICE_MONITOR})
 # Kinds whose spec can never change: another wish is another object of the same name.
 IMMUTABLE = frozenset({RESOURCE_CLAIM_TEMPLATE})
-_BY_NAME = {(kind.api_version, kind.kind): kind for kind in (*CHILDREN, PHOENIX_MODEL, POD)}
+_BY_NAME = {(kind.api_version, kind.kind): kind for kind in (*CHILDREN, PHOENIX_MODEL, POD, SECRET)}
 
 
 def kind_of(manifest: dict[str, object]) -> Kind:

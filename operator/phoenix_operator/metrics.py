@@ -51,6 +51,12 @@ class Metrics:
             ["kind"],
             registry=registry,
         )
+        self.backend_seconds = Histogram(
+            "phoenix_operator_backend_call_seconds",
+            "Duration of calls to backends, by kind and result",
+            ["kind", "result"],
+            registry=registry,
+        )
         self.state_failures = Counter(
             "phoenix_operator_state_failures_total", "Ready pods that did not say what they loaded", registry=registry
         )

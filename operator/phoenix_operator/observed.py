@@ -11,7 +11,7 @@ from datetime import datetime
 from enum import StrEnum
 from typing import Any
 
-from phoenix_api import PhoenixModel, PhoenixModelSpec
+from phoenix_api import PhoenixModel, PhoenixModelSpec, Reason
 from phoenix_operator.kinds import CONFIG_MAP, DEPLOYMENT, Kind
 
 Object = dict[str, Any]
@@ -19,6 +19,9 @@ CONTAINER = "server"  # the container of ours in a pod; a mesh may put others be
 REVISION = "phoenix-ml.io/revision"  # hash of the manifest that a pod serves; its key in the ConfigMap
 TEMPLATE = "phoenix-ml.io/template"  # hash of the whole pod template
 HASH = "phoenix-ml.io/hash"  # hash of a whole object as the operator wants it
+BINDINGS = "phoenix-ml.io/bindings"  # on the pod template: which Secrets with which content its pods have been given
+PORTS = "phoenix-ml.io/binding-ports"  # on the NetworkPolicy: the ports of backends, by kind
+ROTATE = "phoenix-ml.io/rotate"  # on the PhoenixModel: a new value asks for new passwords
 WITHHELD = "phoenix-ml.io/accelerator-withheld"  # on the Deployment: spec hash for which no accelerator is asked
 
 
@@ -51,6 +54,11 @@ class Subject:
     def spec(self) -> PhoenixModelSpec:
         """Its spec."""
         return self.model.spec
+
+    @property
+    def annotations(self) -> Mapping[str, str]:
+        """Its annotations."""
+        return self.model.metadata.annotations
 
     @classmethod
     def read(cls, document: Object) -> "Subject":
@@ -105,6 +113,19 @@ class Loaded:
     provider: str | None
     inputs: list[Object]
     outputs: list[Object]
+    # what its bindings cannot do, by kind (redis, kafka, postgresql); those that work are left out
+    bindings: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class BindingSeen:
+    """A binding that the spec asks for, as far as the operator got with it."""
+
+    kind: str  # redis, kafka or postgresql
+    digest: str = ""  # of the Secret's content; empty while there is no Secret that pods could use
+    ports: tuple[int, ...] = ()  # TCP ports of the backend
+    reason: Reason = Reason.BOUND
+    message: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,7 +172,12 @@ class Pod:
     @property
     def is_leaving(self) -> bool:
         """Whether it is being deleted or has ended for good (evicted, for example)."""
-        return "deletionTimestamp" in self.body["metadata"] or self._status.get("phase") in ("Failed", "Succeeded")
+        return "deletionTimestamp" in self.body["metadata"] or self.has_ended
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether none of its containers will run again."""
+        return self._status.get("phase") in ("Failed", "Succeeded")
 
     @property
     def is_ready(self) -> bool:
@@ -233,6 +259,8 @@ class Observed:
     missing: Sequence[Missing] = ()
     refusals: Sequence[Refusal] = ()
     foreign: Sequence[tuple[Kind, str]] = ()  # objects of a name that the model needs, owned by somebody else
+    bindings: Mapping[str, BindingSeen] = field(default_factory=dict)  # by kind; empty until they have been looked at
+    unreleased: Sequence[str] = ()  # why access that nobody asks for any more is not yet taken away
     host_owner: str | None = None  # namespace/name of an older model with the same host and path
     shortfall: str = ""  # what the nodes lack for a pod that cannot be placed
     now: datetime | None = None

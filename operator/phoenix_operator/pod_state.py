@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import aiohttp
 
 from phoenix_api.status import LoadedModel
+from phoenix_operator.desired.bindings import KINDS
 from phoenix_operator.desired.naming import HTTP_PORT
 from phoenix_operator.metrics import Metrics
 from phoenix_operator.observed import Loaded, Pod
@@ -20,6 +21,7 @@ from phoenix_operator.observed import Loaded, Pod
 _log = logging.getLogger(__name__)
 _MOST_REMEMBERED = 20_000
 _MOST_BYTES = 1 << 20
+_MOST_WORDS = 300
 _MOST_TENSORS = 256  # a status holds no more of each side
 
 
@@ -37,16 +39,20 @@ class PodStates:
         """Close the connections."""
         await self._session.close()
 
-    async def of(self, model: str, pods: Sequence[Pod]) -> dict[str, Loaded]:
-        """Return what the ready ones among these pods loaded, by uid; those that do not say are left out."""
+    async def of(self, model: str, pods: Sequence[Pod], *, is_bound: bool = False) -> dict[str, Loaded]:
+        """Return what the ready ones among these pods loaded, by uid; those that do not say are left out.
+
+        What a model with bindings says of its backends changes while it runs, so it is asked each time.
+        """
         ready = [pod for pod in pods if pod.is_ready and pod.ip]
-        answers = await asyncio.gather(*(self._ask(model, pod) for pod in ready))
+        answers = await asyncio.gather(*(self._ask(model, pod, is_bound=is_bound) for pod in ready))
         return {pod.uid: answer for pod, answer in zip(ready, answers, strict=True) if answer is not None}
 
-    async def _ask(self, model: str, pod: Pod) -> Loaded | None:
+    async def _ask(self, model: str, pod: Pod, *, is_bound: bool) -> Loaded | None:
         key = (pod.uid, pod.restarts)
-        if key in self._known:
-            return self._known[key]
+        known = self._known.get(key)
+        if known is not None and not is_bound:
+            return known
         host = f"[{pod.ip}]" if ":" in (pod.ip or "") else pod.ip
         try:
             async with self._session.get(f"http://{host}:{HTTP_PORT}/v2/models/{model}/state") as response:
@@ -55,8 +61,9 @@ class PodStates:
         except (aiohttp.ClientError, TimeoutError, OSError, ValueError, KeyError, TypeError) as error:
             self._metrics.state_failures.inc()
             _log.warning("a ready pod did not say what it loaded", extra={"pod": pod.name, "cause": repr(error)})
-            return None
+            return known
         self._known[key] = answer
+        self._known.move_to_end(key)
         if len(self._known) > _MOST_REMEMBERED:
             self._known.popitem(last=False)
         return answer
@@ -81,7 +88,17 @@ def _read(answer: object) -> Loaded:
         | {side: _tensors(answer[side]) for side in ("inputs", "outputs")}
     )
     inputs, outputs = ([row.model_dump() for row in rows] for rows in (told.inputs, told.outputs))
-    return Loaded(told.sha256, told.version, told.provider, inputs, outputs)
+    return Loaded(told.sha256, told.version, told.provider, inputs, outputs, _failing(answer.get("bindings")))
+
+
+def _failing(bindings: object) -> dict[str, str]:
+    """Return what the server says against its backends, by kind; whatever else an image may say there is nothing."""
+    if not isinstance(bindings, dict):
+        return {}
+    rows = {kind: bindings[kind] for kind in KINDS if isinstance(bindings.get(kind), dict)}
+    return {
+        kind: str(row.get("error") or "no answer")[:_MOST_WORDS] for kind, row in rows.items() if row.get("up") is False
+    }
 
 
 def _text(value: object) -> str | None:

@@ -13,21 +13,35 @@ from datetime import UTC, datetime
 
 from pydantic import ValidationError
 
+from phoenix_api import Reason
 from phoenix_api.faults import explain, path_of
+from phoenix_operator.bindings import Bindings
 from phoenix_operator.cluster import ApiError, Cluster
 from phoenix_operator.desired import desired_objects
 from phoenix_operator.desired.acceptance import faults, is_left_alone
+from phoenix_operator.desired.bindings import asked
+from phoenix_operator.desired.naming import is_of_predecessor, is_owned
 from phoenix_operator.desired.network import path_prefix
 from phoenix_operator.desired.source import config_map_source
 from phoenix_operator.difference import is_as_wanted
-from phoenix_operator.kinds import CHILDREN, CONFIG_MAP, IMMUTABLE, PHOENIX_MODEL, POD, SECRET, Kind, kind_of
+from phoenix_operator.kinds import (
+    CHILDREN,
+    CONFIG_MAP,
+    DEPLOYMENT,
+    IMMUTABLE,
+    PHOENIX_MODEL,
+    POD,
+    SECRET,
+    Kind,
+    kind_of,
+)
 from phoenix_operator.metrics import Metrics
 from phoenix_operator.observed import HASH, Missing, Object, Observed, Pod, Reference, Refusal, Subject, stamp
 from phoenix_operator.placement import Placement
 from phoenix_operator.pod_state import PodStates
 from phoenix_operator.recorder import Happening, Recorder, happenings
 from phoenix_operator.settings import Settings
-from phoenix_operator.status import next_status, unreadable_status
+from phoenix_operator.status import blocked_status, next_status, unreadable_status
 from phoenix_operator.store import Key, Store
 
 _log = logging.getLogger(__name__)
@@ -45,6 +59,7 @@ class Parts:
     states: PodStates
     placement: Placement
     recorder: Recorder
+    bindings: Bindings
     operator_namespace: str
     served_kinds: Callable[[], frozenset[Kind]]
 
@@ -81,9 +96,9 @@ class Reconciler:
     async def _reconcile(self, key: Key) -> float | None:
         document = self._parts.store.model(key)
         if document is None or "deletionTimestamp" in document["metadata"]:
-            # its children have it as owner and go with it; there is no state outside the cluster to release
+            # its children have it as owner and go with it
             self._refused.pop(key, None)
-            return None
+            return None if document is None else await self._release(document)
         try:
             subject = Subject.read(document)
         except ValidationError as error:
@@ -93,11 +108,30 @@ class Reconciler:
         observed = await self._observe(key, subject)
         found = faults(subject, observed, self._parts.settings)
         if not is_left_alone(found):
-            observed = await self._apply_all(key, subject, observed)
+            observed = await self._parts.bindings.settle(subject, document, observed)
+            if not observed.foreign:
+                observed = await self._apply_all(key, subject, observed)
+                observed = await self._parts.bindings.tidy(subject, document, observed)
             found = faults(subject, observed, self._parts.settings)
         status = next_status(subject, observed, self._parts.settings, found)
         await self._tell(subject, document, status)
-        return self._look_again(observed, not_accepted=bool(found))
+        return self._look_again(key, observed, not_accepted=bool(found))
+
+    async def _release(self, document: Object) -> float | None:
+        """Let go of a model that is being deleted, once nothing of it is left on backends."""
+        try:
+            subject = Subject.read(document)
+        except ValidationError:
+            subject = None
+        unreleased = await self._parts.bindings.release(document, subject)
+        if not unreleased:
+            return None
+        status = blocked_status(document, unreleased, stamp(_now()))
+        if subject is not None:
+            await self._tell(subject, document, status)
+        else:
+            await self._write_status(document, status)
+        return _LATER_S
 
     # --- observe -----------------------------------------------------------------------------------------------------
 
@@ -106,11 +140,13 @@ class Reconciler:
         children = {
             (kind, body["metadata"]["name"]): body
             for kind, body in parts.store.of_model(key, CHILDREN)
-            if _is_owner(subject, body)
+            if is_owned(subject, body)
         }
         pods = [Pod(body) for _, body in parts.store.of_model(key, (POD,))]
         loaded, missing, shortfall = await asyncio.gather(
-            parts.states.of(subject.name, pods), self._missing(subject), parts.placement.shortfall(pods)
+            parts.states.of(subject.name, pods, is_bound=bool(asked(subject))),
+            self._missing(subject),
+            parts.placement.shortfall(pods),
         )
         return Observed(
             children=children,
@@ -173,9 +209,9 @@ class Reconciler:
         for manifest, body in zip(new, found, strict=True):
             if body is None:
                 continue
-            if _is_owner(subject, body):
+            if is_owned(subject, body):
                 late[_place(manifest)] = body
-            elif _is_of_predecessor(subject, body):
+            elif is_of_predecessor(subject, body):
                 raise ApiError(409, "Conflict", f"{_place(manifest)[0]} of the deleted model is still going away")
             else:
                 foreign.append(_place(manifest))
@@ -201,7 +237,8 @@ class Reconciler:
         for place in refused.keys() - places:
             del refused[place]
         for place, body in observed.children.items():
-            if place not in places:
+            # every model has a Deployment: one that is not among the wishes waits for what its pods need
+            if place not in places and place[0] is not DEPLOYMENT:
                 await parts.cluster.delete(place[0], subject.namespace, place[1], uid=body["metadata"]["uid"])
                 parts.store.discard(place[0], body)
                 live.pop(place)
@@ -290,8 +327,19 @@ class Reconciler:
         self._parts.store.put(PHOENIX_MODEL, stored)
         return True
 
-    def _look_again(self, observed: Observed, *, not_accepted: bool) -> float | None:
+    def _look_again(self, key: Key, observed: Observed, *, not_accepted: bool) -> float | None:
         """Return when to look again for what no watch tells."""
+        delays = [self._soon(observed, not_accepted=not_accepted)]
+        if observed.bindings or observed.unreleased:
+            is_bound = not observed.unreleased and all(
+                seen.reason is Reason.BOUND and not any(kind in pod.bindings for pod in observed.loaded.values())
+                for kind, seen in observed.bindings.items()
+            )
+            check_s = self._parts.settings.binding_check_seconds
+            delays += [self._parts.bindings.look_again_s(key), check_s if is_bound else min(_LATER_S, check_s)]
+        return min((delay for delay in delays if delay is not None), default=None)
+
+    def _soon(self, observed: Observed, *, not_accepted: bool) -> float | None:
         if observed.missing:
             return _SOON_S
         if observed.foreign or observed.host_owner:
@@ -307,25 +355,6 @@ class Reconciler:
 
 def _place(manifest: Object) -> tuple[Kind, str]:
     return kind_of(manifest), manifest["metadata"]["name"]
-
-
-def _owner(body: Object) -> Object:
-    return next((row for row in body["metadata"].get("ownerReferences", []) if row.get("controller")), {})
-
-
-def _is_owner(subject: Subject, body: Object) -> bool:
-    return _owner(body).get("uid") == subject.uid
-
-
-def _is_of_predecessor(subject: Subject, body: Object) -> bool:
-    """Whether a model of the same name, deleted since, owned the object: the garbage collector is about to take it."""
-    owner = _owner(body)
-    is_same = (owner.get("apiVersion"), owner.get("kind"), owner.get("name")) == (
-        PHOENIX_MODEL.api_version,
-        PHOENIX_MODEL.kind,
-        subject.name,
-    )
-    return is_same and owner.get("uid") != subject.uid
 
 
 def _now() -> datetime:

@@ -2,15 +2,16 @@
 
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import yaml
 
 from phoenix_api import Manifest, read_manifests
-from phoenix_operator.desired import desired_objects
+from phoenix_operator.desired import bindings, desired_objects
 from phoenix_operator.desired.acceptance import faults
 from phoenix_operator.kinds import OPTIONAL
-from phoenix_operator.observed import Object, Observed, Subject
+from phoenix_operator.observed import BindingSeen, Object, Observed, Subject
 from phoenix_operator.settings import Settings
 
 NO_UID = "00000000-0000-0000-0000-000000000000"  # owner references need one; the cluster gives the real one
@@ -28,9 +29,28 @@ def render(paths: Sequence[Path], settings: Settings, *, operator_namespace: str
         if found:
             refused += 1
         else:
+            observed = replace(observed, bindings={each.kind: _stand_in(each) for each in bindings.asked(subject)})
             objects = desired_objects(subject, observed, settings, operator_namespace=operator_namespace)
-            sys.stdout.write(as_yaml(objects))
+            sys.stdout.write(as_yaml([*_secrets(subject), *objects]))
     return 1 if refused else 0
+
+
+def _stand_in(each: bindings.Asked) -> BindingSeen:
+    """Return a binding as it will be seen once there is a Secret, at the usual port."""
+    return BindingSeen(each.kind, digest="0" * 16, ports=bindings.ports_of(each.kind, {}))
+
+
+def _secrets(subject: Subject) -> list[Object]:
+    """Return the Secrets of bindings to backends; what their admin Secrets say is not known here."""
+    found = []
+    for each in bindings.asked(subject):
+        if each.backend is not None:
+            told = dict.fromkeys(bindings.KEYS[each.kind], f"<of backend {each.backend}>")
+            values = told | {"type": each.kind, "provider": "phoenix", "password": "<made once by the operator>"}
+            made = bindings.secret(subject, each.kind, {}, {})
+            del made["data"], made["metadata"]["annotations"]
+            found.append(made | {"stringData": values})
+    return found
 
 
 def subject_of(manifest: Manifest) -> Subject:

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Annotated
 
 import yaml
-from pydantic import Field, ValidationError
+from pydantic import AfterValidator, Field, ValidationError
+from pydantic_core import PydanticCustomError
 
 from phoenix_api import Quantity
 from phoenix_api.fields import ApiObject, DnsLabel, DnsName, Flag, Labels, Number, Passthrough, Whole
@@ -33,6 +34,14 @@ class MonitorKind(StrEnum):
 
     POD_MONITOR = "PodMonitor"
     SERVICE_MONITOR = "ServiceMonitor"
+
+
+class BackendKind(StrEnum):
+    """What a backend is; also the type of its bindings."""
+
+    REDIS = "redis"
+    KAFKA = "kafka"
+    POSTGRESQL = "postgresql"
 
 
 class AcceleratorProfile(ApiObject):
@@ -81,6 +90,47 @@ class Monitoring(ApiObject):
     )
 
 
+class SecretName(ApiObject):
+    """A Secret in the operator's namespace."""
+
+    name: DnsName = Field(description="Its name.")
+
+
+class Capabilities(ApiObject):
+    """What the operator may do on a backend. What is off is done by somebody else, before the model comes."""
+
+    manage_topics: Flag = Field(True, description="Kafka: make, widen and delete topics.")
+    manage_acls: Flag = Field(True, description="Kafka: give each login rights on its model's topics and group.")
+    manage_users: Flag = Field(
+        True, description="Make a login for each model. Off: every model gets the credentials of the admin Secret."
+    )
+    manage_schemas: Flag = Field(True, description="PostgreSQL: make and drop a schema for each model.")
+
+
+class BackendSettings(ApiObject):
+    """A Redis, Kafka or PostgreSQL that models may bind to by its name."""
+
+    name: DnsLabel = Field(description="What `spec.bindings.*.backend` says.")
+    kind: BackendKind = Field(description="What it is.")
+    admin_secret_ref: SecretName = Field(
+        description="Secret in the operator's namespace with address and credentials, in the Service Binding layout."
+    )
+    capabilities: Capabilities = Field(default_factory=Capabilities, description="What the operator may do on it.")
+    timeout_seconds: Number = Field(10, gt=0, le=120, description="Deadline of each call to it.")
+    replication_factor: Whole = Field(
+        -1, ge=-1, le=32, description="Kafka: replicas of new topics; -1 is the broker's own default."
+    )
+    connection_limit: Whole = Field(50, ge=1, le=10_000, description="PostgreSQL: connections of one login.")
+
+
+def _distinct_backends(backends: list[BackendSettings]) -> list[BackendSettings]:
+    names = [(backend.kind, backend.name) for backend in backends]
+    twice = {f"{kind} {name}" for kind, name in names if names.count((kind, name)) > 1}
+    if twice:
+        raise PydanticCustomError("rule", f"expected each kind and name once, got {', '.join(sorted(twice))} twice")
+    return backends
+
+
 def _default_resources() -> Resources:
     return Resources(requests={"cpu": Quantity("250m"), "memory": Quantity("512Mi")}, limits={})
 
@@ -108,6 +158,12 @@ class Settings(ApiObject):
     network_policies: Flag = Field(True, description="Make a default-deny NetworkPolicy for each model.")
     extra_egress: Annotated[list[Passthrough], Field(max_length=32)] = Field(
         default_factory=list, description="NetworkPolicyEgressRules added for every model, for example a proxy."
+    )
+    backends: Annotated[list[BackendSettings], Field(max_length=32), AfterValidator(_distinct_backends)] = Field(
+        default_factory=list, description="What models can bind to by name."
+    )
+    binding_check_seconds: Whole = Field(
+        60, ge=5, le=3600, description="Time after which the pods of a model with bindings are asked how these do."
     )
     workers: Whole = Field(32, ge=1, le=64, description="Models that are reconciled at the same time.")
     resync_seconds: Whole = Field(600, ge=10, le=86_400, description="Time after which each model is looked at again.")

@@ -20,6 +20,7 @@ from phoenix_api.status import Endpoints, LoadedModel, ReplicaCounts, TensorDesc
 from phoenix_operator.desired import config
 from phoenix_operator.desired.accelerator import ask, prefers
 from phoenix_operator.desired.acceptance import Fault, is_left_alone
+from phoenix_operator.desired.bindings import asked as asked_bindings
 from phoenix_operator.desired.deployment import is_in_place, is_withheld, template_hash
 from phoenix_operator.desired.naming import GRPC_PORT, HTTP_PORT, selector
 from phoenix_operator.desired.network import path_prefix
@@ -98,15 +99,35 @@ def next_status(subject: Subject, observed: Observed, settings: Settings, faults
 def unreadable_status(document: Object, message: str, now: str) -> Object:
     """Return the status of an object whose spec cannot even be parsed. Everything else in it stays as it was."""
     generation = document["metadata"].get("generation", 0)
-    old = document.get("status", {})
-    before = {row["type"]: row for row in old.get("conditions", [])}
     verdict = _no(Reason.INVALID_SPEC, message)
-    for kind in (ConditionType.ACCEPTED, ConditionType.READY):
+    conditions = _with(document, (ConditionType.ACCEPTED, ConditionType.READY), verdict, now)
+    status: Object = document.get("status", {}) | {"observedGeneration": generation, "conditions": conditions}
+    return status
+
+
+def blocked_status(document: Object, unreleased: Sequence[str], now: str) -> Object:
+    """Return the status of an object that cannot be let go yet. Everything else in it stays as it was."""
+    metadata = document["metadata"]
+    verdict = _blocked(unreleased, metadata["name"], metadata["namespace"])
+    conditions = _with(document, (ConditionType.BINDINGS_READY, ConditionType.READY), verdict, now)
+    status: Object = document.get("status", {}) | {"conditions": conditions}
+    return status
+
+
+def _blocked(unreleased: Sequence[str], name: str, namespace: str) -> Verdict:
+    command = f"kubectl annotate phx {name} -n {namespace} phoenix-ml.io/force-delete=true"
+    words = f"{'; '.join(unreleased)}; it is tried again by itself, or let go at once with `{command}`"
+    return _no(Reason.DELETION_BLOCKED, words)
+
+
+def _with(document: Object, kinds: Sequence[ConditionType], verdict: Verdict, now: str) -> list[Object]:
+    """Return the conditions of a document with this verdict for these kinds."""
+    generation = document["metadata"].get("generation", 0)
+    before = {row["type"]: row for row in document.get("status", {}).get("conditions", [])}
+    for kind in kinds:
         row = _condition(kind, verdict, generation, before.get(kind), now)
         before[kind] = row.model_dump(mode="json", by_alias=True)
-    ordered = [before[kind] for kind in ConditionType if kind in before]
-    status: Object = old | {"observedGeneration": generation, "conditions": ordered}
-    return status
+    return [before[kind] for kind in ConditionType if kind in before]
 
 
 def _condition(kind: ConditionType, verdict: Verdict, generation: int, before: Object | None, now: str) -> Condition:
@@ -163,6 +184,8 @@ class _View:
         found = {ConditionType.ACCEPTED: self._accepted(), ConditionType.MODEL_VERIFIED: self._model_verified()}
         if self.subject.spec.runtime.accelerator is not None:
             found[ConditionType.ACCELERATOR_READY] = self._accelerator_ready()
+        if asked_bindings(self.subject) or self.observed.unreleased:
+            found[ConditionType.BINDINGS_READY] = self._bindings_ready()
         found[ConditionType.AVAILABLE] = self._available()
         found[ConditionType.PROGRESSING] = self._progressing()
         return found
@@ -257,6 +280,24 @@ class _View:
             return _unknown(_NOTHING_DONE)
         return _unknown(f"no pod runs on {what} yet", Reason.LOADING)
 
+    def _bindings_ready(self) -> Verdict:
+        seen = self.observed.bindings
+        asked = [each.kind for each in asked_bindings(self.subject)]
+        if any(kind not in seen for kind in asked):
+            return _unknown(_NOTHING_DONE if self.is_left_alone else "the bindings have not been looked at yet")
+        faults = [seen[kind] for kind in asked if seen[kind].reason is not Reason.BOUND]
+        if faults:
+            first = faults[0].reason
+            return _no(first, "; ".join(fault.message for fault in faults if fault.reason is first))
+        for pod in self.new_ready or self.ready:
+            loaded = self.observed.loaded.get(pod.uid)
+            for kind in asked:
+                if loaded is not None and (words := loaded.bindings.get(kind)):
+                    return _no(_reason_of(words), f"{kind}: pod {pod.name} cannot use it: {words}")
+        if self.observed.unreleased:
+            return _blocked(self.observed.unreleased, self.subject.name, self.subject.namespace)
+        return _yes(Reason.BOUND, "; ".join(seen[kind].message for kind in asked))
+
     def _available(self) -> Verdict:
         desired = self.subject.spec.replicas
         if self.ready:
@@ -342,6 +383,13 @@ class _View:
 
     def _trouble_of_new_pods(self) -> Trouble:
         return trouble_of(self.subject, self.observed, new=self.new, gone=self.gone)
+
+
+def _reason_of(words: str) -> Reason:
+    """Return whether a server was refused or got no answer, by the words of Redis, Kafka and PostgreSQL."""
+    lowered = words.lower()
+    is_refused = any(sign in lowered for sign in ("wrongpass", "noauth", "noperm", "denied", "authenticat", "authoriz"))
+    return Reason.ACCESS_DENIED if is_refused else Reason.BACKEND_UNREACHABLE
 
 
 def _signature(tensors: Sequence[Object]) -> str:

@@ -10,7 +10,7 @@ import sys
 import time
 import urllib.request
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,11 +33,14 @@ _PATHS = {
 }
 
 
-def write_kubeconfig(server: ApiServer, file: Path) -> None:
-    """Grant what `install` grants, and write a kubeconfig with a token of the operator's ServiceAccount."""
+def write_kubeconfig(server: ApiServer, file: Path, *, bindings: Sequence[str] = ()) -> None:
+    """Grant what `install` grants, and write a kubeconfig with a token of the operator's ServiceAccount.
+
+    `bindings` are the admin Secrets that it may read.
+    """
 
     async def grant(api: Api) -> str:
-        for manifest in install.manifests():
+        for manifest in install.manifests(bindings=bindings):
             if manifest["kind"] in _PATHS:
                 path = _PATHS[manifest["kind"]].format(**manifest["metadata"])
                 await api.must("PATCH", path, manifest, kind=APPLY, fieldManager="tests", fieldValidation="Strict")

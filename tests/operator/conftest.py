@@ -1,5 +1,6 @@
 """Makes the helpers beside the tests importable, and the table of specs: tests are no packages here."""
 
+import logging
 import sys
 from pathlib import Path
 from typing import Any
@@ -24,3 +25,10 @@ def _schemas_are_read_once() -> Any:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kubernetes_validate.utils, "schema_contents", read_once)
         yield
+
+
+@pytest.fixture
+def everything_logged(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
+    """The log, at its finest."""
+    caplog.set_level(logging.DEBUG)
+    return caplog

@@ -6,7 +6,7 @@ what its owner no longer sends, preconditions, selectors. What it is told to ref
 
 import copy
 import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -134,6 +134,8 @@ class MemoryCluster:
             self._ask("create", kind, metadata["name"])
         elif is_first and not _is_within(manifest, live):
             raise ApiError(409, "Conflict", "conflict with another manager")
+        if metadata.get("resourceVersion") not in (None, live and live["metadata"]["resourceVersion"]):
+            raise ApiError(409, "Conflict", "the object has been modified")
         after = _merged(live or {}, self._wishes.get(place, {}), manifest)
         self._wishes[place] = copy.deepcopy(manifest)
         if after != live:
@@ -154,6 +156,24 @@ class MemoryCluster:
         if (kind, namespace, name) not in self.objects:
             raise ApiError(404, "NotFound", f"{name} not found")
         return self.put(kind, self.objects[kind, namespace, name] | {"status": copy.deepcopy(status)})
+
+    async def patch_metadata(
+        self, kind: Kind, metadata: Object, *, finalizers: Sequence[str], annotations: Mapping[str, str | None]
+    ) -> Object | None:
+        name, namespace = metadata["name"], metadata["namespace"]
+        self._ask("patch", kind, name)
+        live = copy.deepcopy(self.objects.get((kind, namespace, name)))
+        if live is None:
+            return None
+        if live["metadata"]["resourceVersion"] != metadata["resourceVersion"]:
+            raise ApiError(409, "Conflict", "the object has been modified")
+        kept = live["metadata"].get("annotations", {}) | annotations
+        live["metadata"]["annotations"] = {key: value for key, value in kept.items() if value is not None}
+        live["metadata"]["finalizers"] = list(finalizers)
+        if "deletionTimestamp" in live["metadata"] and not finalizers:
+            self.remove(kind, name, namespace)
+            return live
+        return self.put(kind, live)
 
     async def delete(self, kind: Kind, namespace: str, name: str, *, uid: str) -> None:
         self._ask("delete", kind, name)

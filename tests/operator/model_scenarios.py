@@ -14,7 +14,7 @@ from objects import DIGEST, by_place, rendered, subject, unplaced
 
 from phoenix_operator.desired.deployment import template_hash
 from phoenix_operator.kinds import CONFIG_MAP, DEPLOYMENT, OPTIONAL
-from phoenix_operator.observed import Object, Observed, Subject
+from phoenix_operator.observed import BindingSeen, Object, Observed, Subject
 from phoenix_operator.render import as_yaml
 from phoenix_operator.settings import Settings
 
@@ -43,6 +43,27 @@ def _no_device_left(model: Subject, settings: Settings) -> Observed:
     template = template_hash(model, _nothing(model, settings), settings)
     pod = unplaced(model, "0/3 nodes are available: 3 Insufficient nvidia.com/gpu.", template=template)
     return Observed(children=children, pods=[pod], served_kinds=OPTIONAL)
+
+
+BOUND: Object = {
+    "bindings": {
+        "redis": {"backend": "default"},
+        "kafka": {"backend": "default", "requests": {}},
+        "postgres": {"secretRef": {"name": "audit-database"}},
+    },
+    "features": {"keyTemplate": "user:{entity}", "input": "x", "names": ["a", "b"]},
+}
+BACKENDS: Object = {
+    "backends": [
+        {"name": "default", "kind": kind, "adminSecretRef": {"name": f"{kind}-admin"}} for kind in ("redis", "kafka")
+    ]
+}
+
+
+def _with_secrets(_: Subject, __: Settings) -> Observed:
+    ports = {"redis": (6379,), "kafka": (9092, 9093), "postgresql": (5432,)}
+    seen = {kind: BindingSeen(kind, digest=f"{kind}-content", ports=numbers) for kind, numbers in ports.items()}
+    return Observed(served_kinds=OPTIONAL, bindings=seen)
 
 
 def _version_2_serves(model: Subject, settings: Settings) -> Observed:
@@ -165,6 +186,7 @@ SCENARIOS: dict[str, Scenario] = {
             "extraEgress": [{"to": [{"ipBlock": {"cidr": "192.0.2.0/24"}}], "ports": [{"port": 3128}]}],
         },
     ),
+    "bindings": Scenario(BOUND, BACKENDS, seen=_with_secrets),
     "replicas-0": Scenario({"replicas": 0}),
     "replicas-1": Scenario({"replicas": 1}),
     "replicas-3": Scenario({"replicas": 3}),

@@ -6,10 +6,11 @@ from datetime import UTC, datetime
 from typing import Any
 
 from phoenix_operator.desired import desired_objects
+from phoenix_operator.desired.bindings import asked
 from phoenix_operator.desired.deployment import template_hash
 from phoenix_operator.desired.naming import HTTP_PORT, labels, sealed
 from phoenix_operator.kinds import DEPLOYMENT, OPTIONAL, Kind, kind_of
-from phoenix_operator.observed import REVISION, TEMPLATE, Loaded, Object, Observed, Pod, Subject
+from phoenix_operator.observed import REVISION, TEMPLATE, BindingSeen, Loaded, Object, Observed, Pod, Subject
 from phoenix_operator.settings import Settings
 
 NAME, NAMESPACE, UID = "fraud", "ml", "0f0e0d0c-0000-4000-8000-000000000001"
@@ -54,9 +55,15 @@ def subject(**parts: Any) -> Subject:
 
 
 def rendered(subject: Subject, observed: Observed | None = None, settings: Settings = SETTINGS) -> list[Object]:
-    """Return all that the model becomes, on a cluster that serves every kind."""
-    observed = observed or Observed(served_kinds=OPTIONAL)
+    """Return all that the model becomes, on a cluster that serves every kind, its Secrets there."""
+    observed = observed or Observed(served_kinds=OPTIONAL, bindings=bound(subject))
     return desired_objects(subject, observed, settings, operator_namespace=OPERATOR_NAMESPACE)
+
+
+def bound(subject: Subject) -> dict[str, BindingSeen]:
+    """Return the bindings of a model as they are when all is well."""
+    kinds = [each.kind for each in asked(subject)]
+    return {kind: BindingSeen(kind, digest=f"{kind}-content", message=f"{kind}: bound") for kind in kinds}
 
 
 def by_place(objects: Iterable[Object]) -> dict[tuple[Kind, str], Object]:
@@ -110,7 +117,9 @@ def pod(
 ) -> Pod:
     """Return a pod of the model's present template, or of another one."""
     annotations = {
-        TEMPLATE: template if template is not None else template_hash(subject, Observed(), SETTINGS),
+        TEMPLATE: template
+        if template is not None
+        else template_hash(subject, Observed(bindings=bound(subject)), SETTINGS),
         REVISION: "r",
     }
     return Pod(

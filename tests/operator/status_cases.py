@@ -1,7 +1,7 @@
 """The table of states of a model's pods, with the conditions that tell of them; and what every status obeys."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jsonschema
@@ -11,6 +11,7 @@ from objects import (
     NOW,
     SETTINGS,
     STAMP,
+    bound,
     deployment,
     ended,
     evicted,
@@ -746,3 +747,99 @@ def _() -> Seen:
     assert live is not None
     live["status"]["readyReplicas"] = 0
     return model, observed
+
+
+# --- bindings
+
+OWN_SECRET: Object = {"redis": {"secretRef": {"name": "my-redis"}}}
+SERVING: dict[str, Row] = {
+    "ModelVerified": ("True", "Verified", "version 1 is loaded"),
+    "Available": ("True", "ReplicasAvailable", "1 of 1 replicas answer"),
+    "Progressing": ("True", "RolledOut", "every pod is of version 1"),
+}
+
+
+def with_bindings(*, reason: Reason | None = None, message: str = "", told: str = "", **others: Any) -> Seen:
+    """A model with a Secret of its own that serves; `told` is what its pod says of Redis."""
+    model = subject(bindings=OWN_SECRET)
+    bindings = bound(model)
+    if reason is not None:
+        bindings["redis"] = replace(bindings["redis"], reason=reason, message=message)
+    said = replace(loaded(), bindings={"redis": told} if told else {})
+    live = deployment(model, is_rolled_out=True)
+    return model, seen(
+        model, [ready(model)], deployment=live, loaded={"uid-fraud-1": said}, bindings=bindings, **others
+    )
+
+
+@case("bound", ("True", "Ready", "version 1 answers"), BindingsReady=("True", "Bound", "redis: bound"), **SERVING)
+def _() -> Seen:
+    return with_bindings()
+
+
+for _reason in CONDITIONS[ConditionType.BINDINGS_READY].otherwise:
+    if _reason is not Reason.DELETION_BLOCKED:
+        CASES.append(
+            Case(
+                f"binding-{_reason}",
+                lambda reason=_reason: with_bindings(reason=reason, message="in the backend's words"),  # type: ignore[misc]
+                LOADING
+                | SERVING
+                | {
+                    "BindingsReady": ("False", _reason, "in the backend's words"),
+                    "Ready": ("False", _reason, "in the backend's words"),
+                },
+            )
+        )
+
+
+@case(
+    "server-cannot-use-its-binding",
+    ("False", "BackendUnreachable", "redis: pod fraud-1 cannot use it: timed out"),
+    BindingsReady=("False", "BackendUnreachable", "timed out"),
+    **SERVING,
+)
+def _() -> Seen:
+    return with_bindings(told="timed out")
+
+
+@case(
+    "server-cannot-log-in",
+    ("False", "AccessDenied", "WRONGPASS"),
+    BindingsReady=("False", "AccessDenied", "redis: pod fraud-1 cannot use it: WRONGPASS"),
+    **SERVING,
+)
+def _() -> Seen:
+    return with_bindings(told="WRONGPASS invalid username-password pair")
+
+
+@case(
+    "access-that-cannot-be-taken-away",
+    ("False", "DeletionBlocked", "kubectl annotate phx fraud -n ml phoenix-ml.io/force-delete=true"),
+    BindingsReady=("False", "DeletionBlocked", "access to kafka backend default is still there: it is down;"),
+    **SERVING,
+)
+def _() -> Seen:
+    return with_bindings(unreleased=["access to kafka backend default is still there: it is down"])
+
+
+@case(
+    "bindings-not-looked-at",
+    ("False", "Loading", "pods are starting"),
+    BindingsReady=("Unknown", "Unknown", "have not been looked at yet"),
+    Progressing=("True", "RollingOut", "the Deployment is not there yet"),
+)
+def _() -> Seen:
+    model = subject(bindings=OWN_SECRET)
+    return model, Observed(now=NOW)
+
+
+@case(
+    "unknown-backend",
+    ("False", "UnknownBackend", "spec.bindings.redis.backend: expected a backend of kind redis"),
+    Accepted=("False", "UnknownBackend", "(none), got default"),
+    BindingsReady=NOTHING_DONE,
+    **LEFT_ALONE,
+)
+def _() -> Seen:
+    return subject(bindings={"redis": {"backend": "default"}}), Observed(now=NOW)

@@ -116,6 +116,45 @@ def test_gravest_reason_comes_first() -> None:
     assert "Deployment ml/fraud, Service ml/fraud" in every[0].message
 
 
-def test_every_reason_of_the_condition_can_be_given_but_those_of_bindings() -> None:
+REDIS = {"name": "default", "kind": "redis", "adminSecretRef": {"name": "redis-admin"}}
+KAFKA = {"name": "default", "kind": "kafka", "adminSecretRef": {"name": "kafka-admin"}}
+
+
+@pytest.mark.parametrize(
+    ("spec", "backends", "field", "known"),
+    [
+        ({"redis": {"backend": "default"}}, [], "redis", "none"),
+        ({"redis": {"backend": "default"}}, [KAFKA], "redis", "none"),
+        ({"kafka": {"backend": "defualt"}}, [REDIS, KAFKA, KAFKA | {"name": "other"}], "kafka", "default, other"),
+    ],
+)
+def test_backend_that_the_settings_do_not_name_is_refused(
+    spec: Object, backends: list[Object], field: str, known: str
+) -> None:
+    reason, message = only({"bindings": spec}, {"backends": backends})
+    assert reason == "UnknownBackend"
+    assert message.startswith(f"spec.bindings.{field}.backend: expected a backend of kind {field} ")
+    assert f"({known}), got " in message
+
+
+@pytest.mark.parametrize(
+    ("kafka", "field"),
+    [
+        ({"events": {"topic": "phoenix.other.fraud.predictions"}}, "events.topic"),
+        ({"events": {"topic": "phoenix.ml.fraud"}}, "events.topic"),
+        ({"requests": {"topic": "phoenix.ml.fraud2.requests"}}, "requests.topic"),
+        ({"requests": {"results": "results"}}, "requests.results"),
+        ({"requests": {"deadLetterTopic": "dead"}}, "requests.deadLetterTopic"),
+    ],
+)
+def test_topic_of_somebody_else_is_refused_on_a_backend_of_the_operator(kafka: Object, field: str) -> None:
+    reason, message = only({"bindings": {"kafka": {"backend": "default"} | kafka}}, {"backends": [KAFKA]})
+    assert reason == "InvalidSpec"
+    assert message.startswith(f"spec.bindings.kafka.{field}: expected a topic that begins with phoenix.ml.fraud., ")
+    assert found({"bindings": {"kafka": {"secretRef": {"name": "mine"}} | kafka}}) == []
+
+
+def test_every_reason_of_the_condition_can_be_given() -> None:
     given = {Reason.INVALID_SPEC, Reason.NAME_CLASH, Reason.NOT_SUPPORTED_YET, Reason.KIND_NOT_SERVED}
-    assert set(CONDITIONS[ConditionType.ACCEPTED].otherwise) - given == {Reason.UNKNOWN_BACKEND, Reason.OBJECT_REFUSED}
+    given |= {Reason.UNKNOWN_BACKEND, Reason.OBJECT_REFUSED}
+    assert set(CONDITIONS[ConditionType.ACCEPTED].otherwise) == given

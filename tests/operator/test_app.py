@@ -13,6 +13,7 @@ from objects import document
 from world import KEY, States
 
 from phoenix_operator import app
+from phoenix_operator.backend_pool import BackendPool
 from phoenix_operator.cluster import ApiError, Cluster
 from phoenix_operator.kinds import CHILDREN, DEPLOYMENT, LEASE, OPTIONAL, PHOENIX_MODEL, POD, Kind
 from phoenix_operator.leader import Lease
@@ -63,7 +64,8 @@ class Running:
         patch.setattr("logging.shutdown", lambda: None)
         patch.setattr("os._exit", self._exit)
         states = cast(PodStates, States())
-        self.operator = app._Operator(settings, PLACE, cast(Cluster, cluster), states, self.metrics)
+        pool = BackendPool(cast(Cluster, cluster), settings, self.metrics, namespace=PLACE.namespace)
+        self.operator = app._Operator(settings, PLACE, cast(Cluster, cluster), states, pool, self.metrics)
         self.task = asyncio.create_task(self.operator.run(self.stop))
 
     def _exit(self, code: int) -> None:

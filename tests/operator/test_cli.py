@@ -203,3 +203,48 @@ def test_logs_are_one_json_object_a_line(capsys: pytest.CaptureFixture[str]) -> 
     assert [(line["level"], line["message"], line["model"]) for line in lines] == [("INFO", "reconciled", "ml/fraud")]
     assert lines[0]["time"].endswith("Z")
     assert lines[0]["logger"] == "phoenix_operator.test"
+
+
+# --- bindings --------------------------------------------------------------------------------------------------------
+
+BOUND = """\
+apiVersion: phoenix-ml.io/v1alpha1
+kind: PhoenixModel
+metadata: {name: fraud, namespace: ml}
+spec:
+  model: {uri: fraud/model.onnx}
+  bindings:
+    redis: {backend: default}
+    postgres: {secretRef: {name: audit}}
+"""
+
+
+def test_secrets_are_rendered_without_anything_secret(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    manifest, settings = tmp_path / "model.yaml", tmp_path / "settings.yaml"
+    manifest.write_text(BOUND)
+    settings.write_text("backends: [{name: default, kind: redis, adminSecretRef: {name: redis-admin}}]\n")
+    code, objects, told = render(capsys, manifest, "--settings", settings)
+    assert (code, told) == (0, "")
+    (secret,) = (body for body in objects if body["kind"] == "Secret")
+    assert (secret["metadata"]["name"], secret["type"]) == ("fraud-redis", "servicebinding.io/redis")
+    assert "data" not in secret
+    assert secret["stringData"]["password"] == "<made once by the operator>"
+    assert secret["stringData"]["host"] == "<of backend default>"
+    assert objects[-1]["kind"] == "Deployment"
+
+
+def test_backend_that_no_settings_name_is_told_when_rendering(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    manifest = tmp_path / "model.yaml"
+    manifest.write_text(BOUND)
+    code, objects, told = render(capsys, manifest)
+    assert (code, objects) == (1, [])
+    assert "UnknownBackend: spec.bindings.redis.backend" in told
+
+
+def test_manifests_with_bindings_have_the_rights(tmp_path: Path) -> None:
+    assert main(["manifests", str(tmp_path), "--bindings", "redis-admin,kafka-admin"]) == 0
+    text = (tmp_path / "operator.yaml").read_text()
+    assert "phoenix-operator-backends" in text
+    assert "- kafka-admin" in text

@@ -160,3 +160,48 @@ def test_address_of_the_sixth_version_is_put_into_brackets(monkeypatch: pytest.M
 
     ask(Server(), talk, monkeypatch)
     assert asked[0].startswith("http://[fd00::1]:")
+
+
+# --- bindings --------------------------------------------------------------------------------------------------------
+
+
+def told(bindings: Any) -> dict[str, Any]:
+    return ANSWER | {"bindings": bindings}
+
+
+@pytest.mark.parametrize(
+    ("bindings", "failing"),
+    [
+        ({"redis": {"up": True, "since": 1, "error": ""}}, {}),
+        ({"redis": {"up": None, "since": 1, "error": ""}}, {}),
+        ({"redis": {"up": False, "since": 1, "error": "timed out"}}, {"redis": "timed out"}),
+        ({"kafka": {"up": False, "error": "x" * 1000}}, {"kafka": "x" * 300}),
+        ({"postgresql": {"up": False}, "other": {"up": False}}, {"postgresql": "no answer"}),
+        ({"redis": "down"}, {}), (["redis"], {}), ("down", {}), (None, {}),
+    ],
+)  # fmt: skip
+def test_backends_that_a_pod_cannot_use_are_told(
+    bindings: Any, failing: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def talk(states: PodStates, _: Metrics) -> Any:
+        return await states.of("fraud", [at_home(ready(subject(), "a"))], is_bound=True)
+
+    (answer,) = ask(Server(told(bindings)), talk, monkeypatch).values()
+    assert answer.bindings == failing
+
+
+def test_pod_of_a_model_with_bindings_is_asked_each_time_and_one_that_is_silent_keeps_what_it_said(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    server = Server(told({"redis": {"up": False, "error": "down"}}))
+
+    async def talk(states: PodStates, _: Metrics) -> list[dict[str, str]]:
+        pods, said = [at_home(ready(subject(), "a"))], []
+        for answer in (server.answer, told({"redis": {"up": True}}), web.Response(status=500)):
+            server.answer = answer
+            (loaded,) = (await states.of("fraud", pods, is_bound=True)).values()
+            said.append(dict(loaded.bindings))
+        return said
+
+    assert ask(server, talk, monkeypatch) == [{"redis": "down"}, {}, {}]
+    assert len(server.paths) == 3

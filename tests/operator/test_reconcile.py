@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from memory_cluster import Call, MemoryCluster
 from objects import NAMESPACE, document, ended, loaded, waiting
 from pydantic import ValidationError
-from specs import FEATURES, REDIS, SCALING
+from specs import SCALING
 from world import KEY, World
 
 from phoenix_operator.cluster import ApiError, Cluster
@@ -415,8 +415,6 @@ async def test_spec_that_becomes_unreadable_leaves_what_serves_alone(world: Worl
 
 NOT_YET: dict[str, Object] = {
     "spec.autoscaling": {"autoscaling": SCALING},
-    "spec.features, spec.bindings": {"features": FEATURES, "bindings": REDIS},
-    "spec.bindings": {"bindings": {"postgres": {"backend": "default"}}},
     "spec.networking.rateLimit": {"networking": {"rateLimit": {"requestsPerSecond": 5}}},
 }
 

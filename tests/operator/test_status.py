@@ -41,14 +41,14 @@ def test_conditions_are_those_of_the_table(case: Case) -> None:
 
 
 def test_table_shows_every_reason_that_the_operator_can_give() -> None:
-    """Those left out belong to bindings and autoscaling, which this release refuses."""
+    """Those left out belong to autoscaling, which this release refuses."""
     shown = {reason for case in CASES for _, reason, _ in case.rows.values()}
     not_yet = {
         reason
-        for kind in (ConditionType.BINDINGS_READY, ConditionType.AUTOSCALING_READY)
+        for kind in (ConditionType.AUTOSCALING_READY,)
         for reason in (*CONDITIONS[kind].when_true, *CONDITIONS[kind].otherwise)
-    } - {Reason.SECRET_MISSING}
-    assert set(Reason) - shown == not_yet | {Reason.UNKNOWN_BACKEND}
+    }
+    assert set(Reason) - shown == not_yet
 
 
 # --- times -----------------------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """Any combination of what can be seen gives a valid status, and never an exception."""
 
+from dataclasses import replace
 from typing import Any
 
 from hypothesis import HealthCheck, given, settings
@@ -7,6 +8,7 @@ from hypothesis import strategies as st
 from objects import (
     NOW,
     SETTINGS,
+    bound,
     by_place,
     deployment,
     ended,
@@ -31,6 +33,9 @@ from phoenix_operator.observed import Missing, Object, Observed, Pod, Reference,
 
 WORDS = st.text(max_size=40) | st.just("x" * 3000) | st.just('{"reason": 1}') | st.just("[]") | st.just("null")
 REASONS = st.sampled_from([*map(str, Reason), "FromTheFuture", ""])
+BINDING_REASONS = [
+    Reason.BOUND, Reason.BACKEND_UNREACHABLE, Reason.ACCESS_DENIED, Reason.SECRET_MISSING, Reason.TOPIC_MISMATCH,
+]  # fmt: skip
 SPECS = [case.spec for case in GOOD]
 
 
@@ -112,6 +117,12 @@ def situations(draw: st.DrawFn) -> tuple[Subject, Observed]:
         ),
         refusals=draw(st.lists(st.builds(Refusal, kinds, st.just("fraud"), st.just(403), WORDS, st.booleans()))),
         foreign=draw(st.lists(st.tuples(kinds, st.just("fraud")), max_size=2)),
+        bindings={
+            kind: replace(row, reason=draw(st.sampled_from(BINDING_REASONS)), message=draw(WORDS))
+            for kind, row in bound(model).items()
+            if draw(st.booleans())
+        },
+        unreleased=draw(st.lists(WORDS, max_size=2)),
         host_owner=draw(st.sampled_from([None, "other/fraud"])),
         shortfall=draw(WORDS),
         now=draw(st.sampled_from([None, NOW])),

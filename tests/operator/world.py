@@ -1,22 +1,28 @@
 """A reconciler with a cluster in memory: what the watches show reaches its store before each run."""
 
+import base64
 import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, cast
 
+from memory_backend import MemoryBackend, Service
 from memory_cluster import MemoryCluster
 from objects import NAME, NAMESPACE, OPERATOR_NAMESPACE, SETTINGS, document, ready, unplaced
 
+from phoenix_api import Reason
+from phoenix_operator.backend_pool import BackendPool, Maker
+from phoenix_operator.backends import BackendError
+from phoenix_operator.bindings import Bindings
 from phoenix_operator.cluster import Cluster
 from phoenix_operator.desired.naming import labels
-from phoenix_operator.kinds import DEPLOYMENT, EVENT, OPTIONAL, PHOENIX_MODEL, POD, Kind
+from phoenix_operator.kinds import DEPLOYMENT, EVENT, OPTIONAL, PHOENIX_MODEL, POD, SECRET, Kind
 from phoenix_operator.metrics import Metrics
 from phoenix_operator.observed import REVISION, TEMPLATE, Loaded, Object, Pod, Subject
 from phoenix_operator.placement import Placement
 from phoenix_operator.pod_state import PodStates
 from phoenix_operator.reconcile import Parts, Reconciler
 from phoenix_operator.recorder import Recorder
-from phoenix_operator.settings import Settings
+from phoenix_operator.settings import BackendSettings, Settings
 from phoenix_operator.store import Key, Store
 
 KEY = (NAMESPACE, NAME)
@@ -28,24 +34,32 @@ class States:
     def __init__(self) -> None:
         self.loaded: Loaded | None = None
 
-    async def of(self, model: str, pods: Sequence[Pod]) -> dict[str, Loaded]:
+    async def of(self, model: str, pods: Sequence[Pod], *, is_bound: bool = False) -> dict[str, Loaded]:
         return {pod.uid: self.loaded for pod in pods if pod.is_ready and self.loaded is not None}
 
 
 class World:
     """Everything around one reconciler."""
 
-    def __init__(self, settings: Settings = SETTINGS, served: Iterable[Kind] = OPTIONAL) -> None:
+    def __init__(
+        self, settings: Settings = SETTINGS, served: Iterable[Kind] = OPTIONAL, *, make: Maker | None = None
+    ) -> None:
+        self._make = make or self._open
         self.served = frozenset(served)
         self.cluster = MemoryCluster(self.served)
         self.store, self.states, self.metrics = Store(), States(), Metrics()
         self.settings = settings
+        self.services = {(str(row.kind), row.name): Service(str(row.kind)) for row in settings.backends}
+        for row in settings.backends:
+            self.admin(row.admin_secret_ref.name)
         self.start()
 
     def start(self) -> None:
         """Start the operator, again or for the first time: it remembers nothing."""
         self.store = Store()
         cluster = cast(Cluster, self.cluster)
+        recorder = Recorder(cluster, self.metrics, host="test")
+        self.pool = BackendPool(cluster, self.settings, self.metrics, namespace=OPERATOR_NAMESPACE, make=self._make)
         self._reconciler = Reconciler(
             Parts(
                 cluster=cluster,
@@ -54,11 +68,22 @@ class World:
                 metrics=self.metrics,
                 states=cast(PodStates, self.states),
                 placement=Placement(cluster),
-                recorder=Recorder(cluster, self.metrics, host="test"),
+                recorder=recorder,
+                bindings=Bindings(cluster, self.store, self.pool, recorder, self.settings),
                 operator_namespace=OPERATOR_NAMESPACE,
                 served_kinds=lambda: self.served,
             )
         )
+
+    def _open(self, config: BackendSettings, admin: Mapping[str, str]) -> MemoryBackend:
+        if "host" not in admin:
+            raise BackendError(Reason.SECRET_MISSING, f"backend {config.name}: its admin Secret has no host")
+        return MemoryBackend(self.services[str(config.kind), config.name], config, admin)
+
+    def admin(self, name: str, **values: str) -> None:
+        """Write an admin Secret."""
+        values = {"host": f"{name}.example.com", "username": "admin", "password": "of-the-admin"} | values
+        self.secret(name, OPERATOR_NAMESPACE, **values)
 
     # --- what users do -------------------------------------------------------------------------------------------
 
@@ -69,7 +94,28 @@ class World:
         if known := self.cluster.objects.get(place):
             body["metadata"]["generation"] = known["metadata"]["generation"] + 1
             body["status"] = known.get("status", {})
+            kept = {key: known["metadata"][key] for key in ("annotations", "finalizers") if key in known["metadata"]}
+            body["metadata"] |= kept
         self.cluster.put(PHOENIX_MODEL, body)
+
+    def secret(self, name: str, namespace: str = NAMESPACE, **values: str) -> None:
+        """Write a Secret; an underscore stands for a hyphen."""
+        data = {key.replace("_", "-"): base64.b64encode(text.encode()).decode() for key, text in values.items()}
+        self.cluster.put(SECRET, {"metadata": {"name": name, "namespace": namespace}, "data": data})
+
+    def annotate(self, **annotations: str) -> None:
+        """Annotate the model in the group of Phoenix; an underscore stands for a hyphen."""
+        rows = {f"phoenix-ml.io/{key.replace('_', '-')}": text for key, text in annotations.items()}
+        change = lambda body: body["metadata"].setdefault("annotations", {}).update(rows)  # noqa: E731
+        self.cluster.edit(PHOENIX_MODEL, NAME, change)
+
+    def delete(self, name: str = NAME) -> None:
+        """Delete the model: with a finalizer it stays until that is gone."""
+        if self.cluster.objects[PHOENIX_MODEL, NAMESPACE, name]["metadata"].get("finalizers"):
+            mark = lambda body: body["metadata"].update(deletionTimestamp="2026-11-24T12:00:00Z")  # noqa: E731
+            self.cluster.edit(PHOENIX_MODEL, name, mark)
+        else:
+            self.cluster.remove(PHOENIX_MODEL, name)
 
     # --- what the cluster does -----------------------------------------------------------------------------------
 

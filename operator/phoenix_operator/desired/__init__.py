@@ -3,7 +3,7 @@
 What should not exist is not in the list. Nothing here does I/O, reads a clock or the environment.
 """
 
-from phoenix_operator.desired import accelerator, config, deployment, network, policy
+from phoenix_operator.desired import accelerator, bindings, config, deployment, network, policy
 from phoenix_operator.desired.naming import sealed
 from phoenix_operator.kinds import HTTP_ROUTE, OPTIONAL, RESOURCE_CLAIM_TEMPLATE, kind_of
 from phoenix_operator.observed import Object, Observed, Subject
@@ -19,9 +19,10 @@ def desired_objects(
         policy.service_account(subject),
         config.config_map(subject, observed),
         accelerator.claim_template(subject, asked) if asked and asked.device_class_name else None,
-        network.network_policy(subject, settings, operator_namespace) if settings.network_policies else None,
+        network.network_policy(subject, observed, settings, operator_namespace) if settings.network_policies else None,
         *network.services(subject),
-        deployment.deployment(subject, observed, settings),
+        # pods without the Secrets that they mount would wait where nobody looks
+        None if bindings.is_held(subject, observed) else deployment.deployment(subject, observed, settings),
         policy.disruption_budget(subject),
         network.route(subject, settings),
         network.monitor(subject, settings),

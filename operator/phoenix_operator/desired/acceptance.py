@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 from phoenix_api import Reason
 from phoenix_operator.desired.accelerator import ask
+from phoenix_operator.desired.bindings import asked as asked_bindings
+from phoenix_operator.desired.bindings import topic_prefix, topics
 from phoenix_operator.desired.deployment import RESERVED_ENV
 from phoenix_operator.kinds import HTTP_ROUTE, RESOURCE_CLAIM_TEMPLATE, Kind
 from phoenix_operator.observed import Observed, Subject
@@ -22,7 +24,8 @@ class Fault:
 def faults(subject: Subject, observed: Observed, settings: Settings) -> list[Fault]:
     """Return every fault, the gravest reason first; an empty list accepts the model."""
     found = [*_clashes(subject, observed), *_refused(observed)]
-    found += [*_invalid(subject, settings), *_unknown(subject, observed, settings), *_not_yet(subject)]
+    found += [*_invalid(subject, settings), *_unknown(subject, observed, settings)]
+    found += [*_unbound(subject, settings), *_not_yet(subject)]
     return found
 
 
@@ -36,8 +39,6 @@ def _not_yet(subject: Subject) -> Iterator[Fault]:
     spec = subject.spec
     asked = {
         "spec.autoscaling": spec.autoscaling,
-        "spec.features": spec.features,
-        "spec.bindings": spec.bindings and (spec.bindings.redis or spec.bindings.kafka or spec.bindings.postgres),
         "spec.networking.rateLimit": spec.networking.rate_limit,
     }
     fields = [field for field, value in asked.items() if value]
@@ -82,6 +83,27 @@ def _unknown(subject: Subject, observed: Observed, settings: Settings) -> Iterat
             if routes.gateway is None:
                 yield Fault(Reason.INVALID_SPEC, "spec.networking.host: the operator's settings name no routes.gateway")
             yield from _missing_kind(HTTP_ROUTE, observed, "spec.networking.host")
+
+
+def _unbound(subject: Subject, settings: Settings) -> Iterator[Fault]:
+    for each in asked_bindings(subject):
+        known = {backend.name for backend in settings.backends if backend.kind == each.kind}
+        if each.backend is not None and each.backend not in known:
+            yield Fault(
+                Reason.UNKNOWN_BACKEND,
+                f"{each.field}.backend: expected a backend of kind {each.kind} of the operator's settings "
+                f"({', '.join(sorted(known)) or 'none'}), got {each.backend}",
+            )
+        if each.backend is not None and each.kind == "kafka":
+            # rights are given by prefix: a topic of another model would be open to this one
+            prefix = topic_prefix(subject)
+            for field, topic in topics(subject).items():
+                if not topic.startswith(prefix):
+                    yield Fault(
+                        Reason.INVALID_SPEC,
+                        f"{field}: expected a topic that begins with {prefix}, because spec.bindings.kafka.backend "
+                        f"gives access to no others, got {topic}; take secretRef for topics of your own",
+                    )
 
 
 def _missing_kind(kind: Kind, observed: Observed, field: str) -> Iterator[Fault]:

@@ -15,10 +15,11 @@ from phoenix_operator.observed import Object, Observed, Subject
 
 MOUNT = "/etc/phoenix/model"
 _READ_BY_SERVER = ("model", "runtime", "batching", "warmup", "limits", "autoscaling", "features", "bindings")
-_NOT_READ = {
+_NOT_READ: dict[str, Any] = {
     "model": {"cache"},
     "runtime": {"image"},
     "runtime.accelerator": {"resource_name", "device_class_name", "profile", "count"},
+    "bindings": {"deletion_policy": True, "kafka": {"partitions", "retention_hours"}},
     "autoscaling": {"min_replicas", "max_replicas", "behavior", "scale_down_stabilization_seconds"},
 }
 _MOST_REVISIONS = 8
@@ -30,6 +31,7 @@ def server_manifest(subject: Subject) -> Object:
         "model": _NOT_READ["model"],
         "runtime": {**dict.fromkeys(_NOT_READ["runtime"], True), "accelerator": _NOT_READ["runtime.accelerator"]},
         "autoscaling": _NOT_READ["autoscaling"],
+        "bindings": _NOT_READ["bindings"],
     }
     spec = subject.spec.model_dump(
         mode="json", by_alias=True, include=set(_READ_BY_SERVER), exclude=excluded, exclude_defaults=True

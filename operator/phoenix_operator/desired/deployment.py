@@ -8,7 +8,7 @@ request, CPU has no limit (throttling shows in the p99). There is no `preStop`: 
 from typing import Any
 
 from phoenix_api import Quantity, RolloutStrategy
-from phoenix_operator.desired import config
+from phoenix_operator.desired import bindings, config
 from phoenix_operator.desired.accelerator import CLAIM, Ask, ask, prefers
 from phoenix_operator.desired.naming import (
     GRPC_PORT,
@@ -23,7 +23,7 @@ from phoenix_operator.desired.naming import (
 )
 from phoenix_operator.desired.source import CREDENTIALS, STATE, source
 from phoenix_operator.kinds import DEPLOYMENT
-from phoenix_operator.observed import CONTAINER, REVISION, TEMPLATE, WITHHELD, Object, Observed, Pod, Subject
+from phoenix_operator.observed import BINDINGS, CONTAINER, REVISION, TEMPLATE, WITHHELD, Object, Observed, Pod, Subject
 from phoenix_operator.settings import Settings
 
 USER = 10001  # of the images
@@ -40,7 +40,14 @@ RESTRICTED_CONTAINER: Object = {
     "capabilities": {"drop": ["ALL"]},
 }
 # What the pod's own wiring depends on: `spec.pod.env` may set any other variable.
-RESERVED_ENV = ("PHOENIX_HOST", "PHOENIX_HTTP_PORT", "PHOENIX_GRPC_PORT", "PHOENIX_TERMINATION_LOG", "PHOENIX_WATCH")
+RESERVED_ENV = (
+    "PHOENIX_HOST",
+    "PHOENIX_HTTP_PORT",
+    "PHOENIX_GRPC_PORT",
+    "PHOENIX_TERMINATION_LOG",
+    "PHOENIX_WATCH",
+    bindings.ROOT_VARIABLE,
+)
 _PROBE_PERIOD_S = 5
 _FLUSH_S = 10  # between the last answer and the end of the process
 
@@ -70,6 +77,8 @@ def pod_template(subject: Subject, observed: Observed, settings: Settings) -> Ob
         "labels": spec.pod.labels | labels(subject),
         "annotations": spec.pod.annotations | {REVISION: config.revision(subject)},
     }
+    if given := bindings.given(subject, observed):
+        metadata["annotations"][BINDINGS] = given
     template: Object = {"metadata": metadata, "spec": _pod(subject, observed, settings)}
     metadata["annotations"][TEMPLATE] = digest(template)
     return template
@@ -78,6 +87,18 @@ def pod_template(subject: Subject, observed: Observed, settings: Settings) -> Ob
 def template_hash(subject: Subject, observed: Observed, settings: Settings) -> str:
     """Return the hash that pods of the wanted version carry."""
     return str(pod_template(subject, observed, settings)["metadata"]["annotations"][TEMPLATE])
+
+
+def is_settled(subject: Subject, observed: Observed, settings: Settings) -> bool:
+    """Whether no pod of an older template is left, not even one that still answers its last requests."""
+    wanted = template_hash(subject, observed, settings)
+    if any(pod.template != wanted and not pod.has_ended for pod in observed.pods):
+        return False
+    current = observed.deployment
+    if current is None:
+        return True
+    annotations = current["spec"]["template"]["metadata"].get("annotations", {})
+    return annotations.get(TEMPLATE) == wanted and config.is_rolled_out(observed)
 
 
 def spec_hash(subject: Subject) -> str:
@@ -149,6 +170,7 @@ def _pod(subject: Subject, observed: Observed, settings: Settings) -> Object:
         {"name": "tmp", "emptyDir": {"sizeLimit": "1Gi"}},
         {"name": "state", "emptyDir": {}},
         *where.volumes,
+        *bindings.volumes(subject),
     ]
     pod: Object = {
         "automountServiceAccountToken": False,
@@ -214,6 +236,7 @@ def _container(subject: Subject, asked: Ask | None, settings: Settings) -> Objec
             {"name": "tmp", "mountPath": "/tmp"},
             {"name": "state", "mountPath": STATE},
             *source(subject).mounts,
+            *bindings.mounts(subject),
         ],
     }
 
@@ -243,6 +266,8 @@ def _environment(subject: Subject) -> list[Object]:
         values["PHOENIX_MODEL_STORE"] = where.store
     if spec.model.credentials is not None:
         values["PHOENIX_MODEL_CREDENTIALS_DIR"] = CREDENTIALS
+    if bindings.asked(subject):
+        values[bindings.ROOT_VARIABLE] = bindings.ROOT
     rows: dict[str, Object] = {name: {"name": name, "value": value} for name, value in values.items()}
     cpu = {"containerName": CONTAINER, "resource": "requests.cpu", "divisor": "1"}
     rows["PHOENIX_CPUS"] = {"name": "PHOENIX_CPUS", "valueFrom": {"resourceFieldRef": cpu}}

@@ -71,6 +71,26 @@ def owner_reference(subject: Subject) -> Object:
     }
 
 
+def is_owned(subject: Subject, body: Object) -> bool:
+    """Whether the object belongs to this model, by uid."""
+    return _owner(body).get("uid") == subject.uid
+
+
+def is_of_predecessor(subject: Subject, body: Object) -> bool:
+    """Whether a model of the same name, deleted since, owned the object: the garbage collector is about to take it."""
+    owner = _owner(body)
+    is_same = (owner.get("apiVersion"), owner.get("kind"), owner.get("name")) == (
+        PHOENIX_MODEL.api_version,
+        PHOENIX_MODEL.kind,
+        subject.name,
+    )
+    return is_same and owner.get("uid") != subject.uid
+
+
+def _owner(body: Object) -> Object:
+    return next((row for row in body["metadata"].get("ownerReferences", []) if row.get("controller")), {})
+
+
 def digest(value: Any) -> str:
     """Return 16 hex digits that stand for a JSON value; the order of keys does not matter."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)

@@ -1,5 +1,6 @@
 """How a model is reached: Services, NetworkPolicy, route, and the object by which Prometheus finds the pods."""
 
+from phoenix_operator.desired import bindings
 from phoenix_operator.desired.naming import GRPC_PORT, HTTP_PORT, owned, selector
 from phoenix_operator.desired.source import source
 from phoenix_operator.kinds import (
@@ -10,7 +11,7 @@ from phoenix_operator.kinds import (
     SERVICE,
     SERVICE_MONITOR,
 )
-from phoenix_operator.observed import Object, Subject
+from phoenix_operator.observed import PORTS, Object, Observed, Subject
 from phoenix_operator.settings import MonitorKind, RouteKind, Settings
 
 _NAMESPACE = "kubernetes.io/metadata.name"
@@ -34,7 +35,7 @@ def services(subject: Subject) -> list[Object]:
     return [owned(subject, SERVICE, subject.name, {"spec": spec}), headless]
 
 
-def network_policy(subject: Subject, settings: Settings, operator_namespace: str) -> Object:
+def network_policy(subject: Subject, observed: Observed, settings: Settings, operator_namespace: str) -> Object:
     """Return the NetworkPolicy: nothing in or out of the pods but what the manifest and the settings imply."""
     pods = [{"protocol": "TCP", "port": port} for _, port, _ in _PORTS]
     rules: list[Object] = [{"from": _callers(subject, settings, operator_namespace), "ports": pods}]
@@ -42,15 +43,17 @@ def network_policy(subject: Subject, settings: Settings, operator_namespace: str
     if subject.spec.networking.allow_from:
         # the operator asks pods what they loaded, Prometheus scrapes them: no caller's list shuts these out
         rules.append({"from": _namespaces(*scrapers), "ports": pods[:1]})
+    ports = bindings.ports(subject, observed)
     body = {
         "spec": {
             "podSelector": {"matchLabels": selector(subject.name)},
             "policyTypes": ["Ingress", "Egress"],
             "ingress": rules,
-            "egress": [_DNS, *_way_to_the_model(subject), *settings.extra_egress],
+            "egress": [_DNS, *_way_to_the_model(subject), *_ways_to_backends(ports), *settings.extra_egress],
         }
     }
-    return owned(subject, NETWORK_POLICY, subject.name, body)
+    annotations = {PORTS: bindings.as_text(ports)} if ports else None
+    return owned(subject, NETWORK_POLICY, subject.name, body, annotations=annotations)
 
 
 def _callers(subject: Subject, settings: Settings, operator_namespace: str) -> list[Object]:
@@ -74,12 +77,26 @@ def _way_to_the_model(subject: Subject) -> list[Object]:
     port = source(subject).remote_port
     if port is None:
         return []
-    # a store's addresses cannot be known; the cloud's metadata service, which hands out credentials, is none of them
-    anywhere = [
-        {"ipBlock": {"cidr": "0.0.0.0/0", "except": [_METADATA_SERVICE]}},
-        {"ipBlock": {"cidr": "::/0", "except": [_METADATA_SERVICE_V6]}},
-    ]
-    return [{"to": anywhere, "ports": [{"protocol": "TCP", "port": port}]}]
+    return [{"to": _ANYWHERE, "ports": [{"protocol": "TCP", "port": port}]}]
+
+
+# A store's addresses cannot be known; the cloud's metadata service, which hands out credentials, is none of them.
+_ANYWHERE: list[Object] = [
+    {"ipBlock": {"cidr": "0.0.0.0/0", "except": [_METADATA_SERVICE]}},
+    {"ipBlock": {"cidr": "::/0", "except": [_METADATA_SERVICE_V6]}},
+]
+
+
+def _ways_to_backends(ports: dict[str, tuple[int, ...]]) -> list[Object]:
+    """Backends go by name, and Kafka's brokers tell their addresses themselves: only ports are known beforehand.
+
+    Some network plugins take address blocks to mean addresses outside of the cluster only.
+    """
+    numbers = sorted({port for each in ports.values() for port in each})
+    if not numbers:
+        return []
+    rows = [{"protocol": "TCP", "port": number} for number in numbers]
+    return [{"to": [{"namespaceSelector": {}}, *_ANYWHERE], "ports": rows}]
 
 
 def path_prefix(subject: Subject) -> str:
