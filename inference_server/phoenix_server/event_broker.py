@@ -12,11 +12,13 @@ from typing import Any
 
 from phoenix_server.event_format import Event
 from phoenix_server.event_stream import Settled, Stream
-from phoenix_server.kafka_client import KafkaError, KafkaException, KafkaLink, Producer, loss_reason
+from phoenix_server.kafka_client import KafkaError, KafkaException, KafkaLink, LastError, Producer, loss_reason
 
 _log = logging.getLogger(__name__)
 _PROBE_EVERY_S = 2.0
 _DELIVERY_TIMEOUT_MS = 120_000
+# How long a refusal stands before the topic is asked for again, which may be allowed where writing is not.
+_DENIED_FOR_S = 10.0
 _PART = "events"
 
 
@@ -31,14 +33,15 @@ class EventBroker:
         self._reports = reports
         self._known: set[str] = set()  # topics that were found well, and not doubted since
         self._next_probe_s = 0.0
-        self._last_error = ""
-        self._is_broken = False
+        self._last_error = LastError(link)
+        self._fatal: KafkaError | None = None
+        self._broken_since_s = 0.0
         self._producer = self._new_producer()
 
     def send(self, events: Sequence[tuple[Stream, Event]]) -> int:
         """Hand events to the client; those after the first that its buffer has no room for are left."""
         taken = 0
-        while taken < len(events):
+        while taken < len(events) and self._fatal is None:
             stream, first = events[taken]
             end = taken + 1
             while end < len(events) and events[end][0] is stream:
@@ -70,8 +73,8 @@ class EventBroker:
     def turn(self, wait_s: float) -> bool:
         """Serve delivery reports; ask the cluster where it is in doubt."""
         self._producer.poll(wait_s)
-        if self._is_broken:
-            self._replace()
+        if self._fatal is not None and time.monotonic() >= self._broken_since_s + _PROBE_EVERY_S:
+            self._replace(self._fatal)
         if len(self._known) < len(self._reports) and time.monotonic() >= self._next_probe_s:
             self._probe()
         return len(self._producer) > 0
@@ -109,28 +112,31 @@ class EventBroker:
         return reported
 
     def _lost(self, stream: Stream, error: KafkaError) -> None:
-        reason = loss_reason(error)
+        reason = loss_reason(error if self._fatal is None else self._fatal)
         stream.lose(reason)
         if reason in ("denied", "no_topic", "timeout", "failed"):
-            self._last_error = self._link.words(error)
             self._known.discard(stream.topic)
             if reason == "denied":  # asking for the topic may be allowed where writing is not
-                self._report(stream.topic, f"topic '{stream.topic}': {self._last_error}")
+                self._report(stream.topic, f"topic '{stream.topic}': {self._link.words(error)}")
+                self._next_probe_s = time.monotonic() + _DENIED_FOR_S
 
     def _on_error(self, error: KafkaError) -> None:
-        if error.fatal():
-            self._is_broken = True
-        self._last_error = self._link.words(error)
+        if error.fatal() and self._fatal is None:
+            self._fatal, self._broken_since_s = error, time.monotonic()
+            for topic in list(self._reports):
+                self._report(topic, self._link.words(error))
+            self._next_probe_s = self._broken_since_s + _DENIED_FOR_S
+        self._last_error.take(error)
         self._known.clear()
 
     def _probe(self) -> None:
         for topic in [topic for topic in list(self._reports) if topic not in self._known]:
-            self._last_error = ""
             fault = self._link.topic_fault(self._producer, topic)
+            self._producer.poll(0)
             if fault is None:
                 self._known.add(topic)
-            # The last error of the connection says more than that there was no answer.
-            self._report(topic, fault and (self._last_error or fault))
+                self._last_error.text = ""
+            self._report(topic, fault and (self._last_error.text or fault))
         self._next_probe_s = time.monotonic() + _PROBE_EVERY_S
 
     def _report(self, topic: str, fault: str | None) -> None:
@@ -138,13 +144,13 @@ class EventBroker:
         if report is not None:
             report(_PART, fault)
 
-    def _replace(self) -> None:
-        """Make a new producer where the old one can go on no more."""
-        _log.error("the producer of events failed and is replaced", extra={"cause": self._last_error})
-        self._is_broken = False
+    def _replace(self, fatal: KafkaError) -> None:
+        """Make a new producer where the old one can go on no more, which loses what it holds."""
+        _log.error("the producer of events failed and is replaced", extra={"cause": self._link.words(fatal)})
         self._producer.purge()
         self._producer.flush(1.0)
         self._producer = self._new_producer()
+        self._fatal = None
 
     def _new_producer(self) -> Producer:
         return self._link.producer(

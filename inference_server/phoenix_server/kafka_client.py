@@ -5,6 +5,7 @@ here may be called from any thread.
 """
 
 import logging
+import re
 from collections.abc import Callable
 from importlib import import_module
 from typing import Any
@@ -29,6 +30,7 @@ __all__ = [
     "KafkaError",
     "KafkaException",
     "KafkaLink",
+    "LastError",
     "Message",
     "Producer",
     "TopicPartition",
@@ -37,6 +39,8 @@ __all__ = [
 _log = logging.getLogger(__name__)
 # One metadata request may take this long before the cluster counts as not answering.
 PROBE_TIMEOUT_S = 3.0
+# "(after 3ms in state CONNECT, 2 identical error(s) suppressed)" would make news of each repetition.
+_CIRCUMSTANCES = re.compile(r" \(after \d+ms in state [^)]*(\(s\)[^)]*)?\)")
 _DENIED = {
     KafkaError.TOPIC_AUTHORIZATION_FAILED,
     KafkaError.GROUP_AUTHORIZATION_FAILED,
@@ -92,7 +96,7 @@ class KafkaLink:
 
     def words(self, error: KafkaError) -> str:
         """Return an error for people: its name and text, without secrets."""
-        return self._clean(f"{error.name()}: {error.str()}")
+        return self._clean(f"{error.name()}: {_CIRCUMSTANCES.sub('', error.str())}")
 
     def topic_fault(self, client: Producer | Consumer, topic: str) -> str | None:
         """Ask the cluster for a topic; return what is wrong with it or with the cluster, None if all is well."""
@@ -187,6 +191,19 @@ class KafkaLink:
         if value:
             self._secrets.append(value)
         return value
+
+
+class LastError:
+    """The last thing that a client said of its connections; it says more than that a question had no answer."""
+
+    def __init__(self, link: KafkaLink) -> None:
+        self._link = link
+        self.text = ""
+
+    def take(self, error: KafkaError) -> None:
+        """Take an error; that all brokers are down is what follows from the one before it."""
+        if error.code() != KafkaError._ALL_BROKERS_DOWN or not self.text:
+            self.text = self._link.words(error)
 
 
 def loss_reason(error: KafkaError) -> str:

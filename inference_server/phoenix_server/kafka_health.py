@@ -6,7 +6,7 @@ what comes of it is told, with the last error of the connection, which says more
 
 from collections.abc import Callable
 
-from phoenix_server.kafka_client import Consumer, KafkaError, KafkaLink, Producer
+from phoenix_server.kafka_client import Consumer, KafkaError, KafkaLink, LastError, Producer
 
 
 class ClusterHealth:
@@ -17,30 +17,29 @@ class ClusterHealth:
         self._topics = topics
         self._report = report
         self._is_in_doubt = True
-        self._error = ""
+        self._last_error = LastError(link)
 
     def on_error(self, error: KafkaError) -> None:
         """Take what a client says of itself between records."""
-        self._error = self._link.words(error)
+        self._last_error.take(error)
         self._is_in_doubt = True
 
     def failed(self, fault: str) -> None:
         """Tell that a session ended for `fault`; it is taken back by `ask`."""
         self._is_in_doubt = True
-        self._report(self._error or fault)
+        self._report(self._last_error.text or fault)
 
     def ask(self, client: Producer | Consumer, *, is_told: bool = True) -> bool:
         """Ask for the topics if there is doubt; return whether all is well. `is_told` False: tell faults only."""
         if not self._is_in_doubt:
             return True
-        self._error = ""
         for topic in self._topics:
             fault = self._link.topic_fault(client, topic)
             if fault is not None:
-                self._report(self._error or fault)
+                self._report(self._last_error.text or fault)
                 return False
         if is_told:
             self._is_in_doubt = False
-            self._error = ""
+            self._last_error.text = ""
             self._report(None)
         return True
