@@ -193,7 +193,8 @@ class Writer:
         while self._queue and len(group) < _GROUP_ROWS and size < _GROUP_BYTES:
             record = self._queue.popleft()
             size += record.size_bytes
-            group.append(record)
+            if record.answered is None or not record.answered.done():  # who was told 503 is not recorded any more
+                group.append(record)
         self.tell(self._add_bytes, -size)
         return group
 
