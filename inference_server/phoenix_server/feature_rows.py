@@ -11,6 +11,7 @@ import re
 import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -107,19 +108,20 @@ class FeaturePlan:
             raise ModelLoadError(Reason.INVALID_SPEC, "; ".join(faults))
         self.tensor: TensorSpec = tensor
         self._dtype = tensor.dtype
+        self._letter = _LETTERS.get(tensor.dtype.kind, {}).get(tensor.dtype.size, "")
         # None: as many rows as there are entities.
         self._fixed_rows = None if tensor.shape[0] == -1 else tensor.shape[0]
         self._is_batchable = signature.is_batchable
         head, _, tail = spec.key_template.partition("{entity}")
-        self._key_head: bytes = (prefix + head).encode()
-        self._key_tail: bytes = tail.encode()
+        # A key is these two around the entity: whatever that is, the key stays under the prefix.
+        self.key_before, self.key_after = prefix + head, tail
         self._defaults = [
             _default(spec.defaults[name], tensor.dtype) if name in spec.defaults else None for name in spec.names
         ]
 
     def key(self, entity: str) -> bytes:
-        """Return the key of an entity's hash. Whatever the entity, it stays under the prefix."""
-        return self._key_head + entity.encode() + self._key_tail
+        """Return the key of an entity's hash."""
+        return f"{self.key_before}{entity}{self.key_after}".encode()
 
     def entities(self, request: InferRequest) -> tuple[list[str], int]:
         """Return the entities that a request names, and its rows: as many, or any number for a single entity.
@@ -137,7 +139,9 @@ class FeaturePlan:
             found, is_list = [value], False
         else:
             found, is_list = self._listed(value)
-        if not all(map(ENTITY.fullmatch, found)):
+        text, lengths = "".join(found), list(map(len, found))
+        is_plain = text.isascii() and text.isprintable() and min(lengths) and max(lengths) <= MAX_ENTITY_CHARACTERS
+        if not is_plain and not all(map(ENTITY.fullmatch, found)):
             index = next(index for index, entity in enumerate(found) if not ENTITY.fullmatch(entity))
             where = f"parameter '{name}'" + (f"[{index}]" if is_list else "")
             raise invalid(
@@ -176,6 +180,8 @@ class FeaturePlan:
             raise invalid(f"parameter '{name}' begins with '[' and is not a JSON list: {error}") from None
         if not 1 <= len(items) <= MAX_ENTITIES:
             raise invalid(f"parameter '{name}' must list 1 to {MAX_ENTITIES} entities, got {len(items)}")
+        if set(map(type, items)) == {str}:
+            return items, True
         for index, item in enumerate(items):
             if type(item) is int:
                 items[index] = str(item)
@@ -220,12 +226,14 @@ class FeaturePlan:
         dtype = self._dtype
         convert: Callable[[Any], Any] = float if dtype.kind == "f" else int
         try:
-            values: list[Any] = [value for row in found for value in row[:-1]]  # type: ignore[index]
-            times: list[Any] = [row[-1] for row in found]  # type: ignore[index]
-            numbers, updated = list(map(convert, values)), list(map(float, times))
-            packed = struct.pack(f"={len(numbers)}{_LETTERS[dtype.kind][dtype.size]}", *numbers)
+            values: list[Any] = list(chain.from_iterable(found))  # type: ignore[arg-type]
+            has_underscore = b"_" in b"".join(values)
+            width = len(self.fields)
+            updated = list(map(float, values[width - 1 :: width]))
+            del values[width - 1 :: width]
+            numbers = list(map(convert, values))
+            packed = struct.pack(f"={len(numbers)}{self._letter}", *numbers)
             is_finite = math.isfinite(sum(numbers) + sum(updated))  # its own overflow only costs time
-            has_underscore = b"_" in b"".join(values + times)
         except (TypeError, ValueError, OverflowError, struct.error):
             return None
         age_s = now_s - min(updated)

@@ -39,7 +39,7 @@ class Features:
                     self.state,
                     timeout_s=settings.feature_timeout_seconds,
                     ca_file=settings.redis_ca_file,
-                    probe=(settings.redis_key_prefix or "").encode(),
+                    probe=settings.redis_key_prefix or "",
                 )
             except ValueError as error:
                 raise StartError(Reason.INVALID_SETTING, f"PHOENIX_REDIS_CA_FILE: {error}") from None
@@ -144,12 +144,10 @@ class ModelFeatures:
 class _RedisSource:
     def __init__(self, link: RedisLink, plan: FeaturePlan) -> None:
         self._link = link
-        self._plan = plan
-        self._fields = Fields(plan.fields)
+        self._fields = Fields(plan.fields, plan.key_before, plan.key_after)
 
     async def read(self, entities: Sequence[str]) -> Sequence[Values]:
-        key, command = self._plan.key, self._fields.command
-        return await self._link.read([command(key(entity)) for entity in entities], self._fields)
+        return await self._link.read(self._fields.read(entities))
 
 
 class _FileSource:

@@ -35,7 +35,7 @@ _STABLE_S = 5.0
 # Timers run before sockets are read in a turn of the loop: look once more before calling a reply late.
 _GRACE_S = 0.02
 _INCOMPLETE = object()
-_STATUS = 0  # the width of a reply that is one line, not a list
+_STATUS = 0
 
 Reply = list[bytes | None] | None
 
@@ -46,29 +46,45 @@ class RedisUnavailable(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Fields:
-    """The fields to read of each hash; `command` makes the HMGET of a key."""
+    """Makes HMGET commands for `names` of hashes whose keys are `before`, an entity, and `after`."""
 
     names: tuple[str, ...]
-    _head: bytes = field(init=False, repr=False)
-    _tail: bytes = field(init=False, repr=False)
+    before: str = ""
+    after: str = ""
+    _head: str = field(init=False, repr=False)
+    _tail: str = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "_head", b"*%d\r\n$5\r\nHMGET\r\n$" % (2 + len(self.names)))
-        encoded = [name.encode() for name in self.names]
-        object.__setattr__(self, "_tail", b"\r\n" + b"".join(b"$%d\r\n%s\r\n" % (len(name), name) for name in encoded))
+        object.__setattr__(self, "_head", f"*{2 + len(self.names)}\r\n$5\r\nHMGET\r\n$")
+        names = "".join(f"${len(name.encode())}\r\n{name}\r\n" for name in self.names)
+        object.__setattr__(self, "_tail", f"{self.after}\r\n{names}")
 
-    def command(self, key: bytes) -> bytes:
-        """Return HMGET of `key` as RESP: lengths go before strings, so no key can be read as anything else."""
-        return b"%s%d\r\n%s%s" % (self._head, len(key), key, self._tail)
+    def read(self, entities: Sequence[str]) -> "Commands":
+        """Return the HMGET of each entity as RESP: lengths go before strings, so no key can be anything else."""
+        around = len(self.before.encode()) + len(self.after.encode())
+        head, before, tail = self._head, self.before, self._tail
+        if "".join(entities).isascii():
+            parts = [f"{head}{around + len(entity)}\r\n{before}{entity}{tail}" for entity in entities]
+        else:
+            parts = [f"{head}{around + len(entity.encode())}\r\n{before}{entity}{tail}" for entity in entities]
+        return Commands("".join(parts).encode(), len(entities), len(self.names))
+
+
+@dataclass(frozen=True, slots=True)
+class Commands:
+    """Commands that leave together: RESP, how many they are, and the elements of each reply (0: one line)."""
+
+    payload: bytes
+    count: int
+    width: int
 
 
 @dataclass(slots=True, eq=False)
 class _Asked:
-    """Commands that were sent together and the replies that have come: `count` of `width` elements each."""
+    """Commands that were sent and the replies that have come."""
 
+    commands: Commands
     future: "asyncio.Future[list[Any]]"
-    count: int
-    width: int
     sent_at: float
     replies: list[Any] = field(default_factory=list)
 
@@ -91,19 +107,19 @@ class _Connection(asyncio.Protocol):
         self.is_useful = False
         self.lost: asyncio.Future[str] = self._loop.create_future()
 
-    def ask(self, commands: Sequence[bytes], width: int) -> "asyncio.Future[list[Any]]":
+    def ask(self, commands: Commands) -> "asyncio.Future[list[Any]]":
         """Send commands with the next flush; the future gives their replies in order."""
-        count = len(commands)
+        count = commands.count
         if self.lost.done():
             raise RedisUnavailable(self.lost.result())
         if self._in_flight + count > MAX_IN_FLIGHT:
             raise RedisUnavailable(f"{self._in_flight} look-ups wait for Redis, at most {MAX_IN_FLIGHT} may")
-        asked = _Asked(self._loop.create_future(), count, width, self._loop.time())
+        asked = _Asked(commands, self._loop.create_future(), self._loop.time())
         self._asked.append(asked)
         self._in_flight += count
         if not self._outbox:
             self._loop.call_soon(self._flush)
-        self._outbox += commands
+        self._outbox.append(commands.payload)
         if self._timer is None:
             self._timer = self._loop.call_at(asked.sent_at + self._timeout_s, self._look, False)
         return asked.future
@@ -143,18 +159,20 @@ class _Connection(asyncio.Protocol):
                 if not waiting:
                     return self.close("Redis sent a reply that nothing asked for")
                 asked = waiting[0]
-                kind = type(reply)
-                if not (
-                    (kind is list and len(reply) == asked.width != _STATUS)
-                    or (kind is bytes and asked.width == _STATUS)
-                    or isinstance(reply, hiredis.ReplyError)
-                ):
+                commands, replies = asked.commands, asked.replies
+                if type(reply) is list:
+                    is_expected = len(reply) == commands.width != _STATUS
+                else:
+                    is_expected = (type(reply) is bytes and commands.width == _STATUS) or isinstance(
+                        reply, hiredis.ReplyError
+                    )
+                if not is_expected:
                     return self.close("Redis sent a reply of another form than was asked for")
-                asked.replies.append(reply)
-                if len(asked.replies) == asked.count:
+                replies.append(reply)
+                if len(replies) == commands.count:
                     waiting.popleft()
-                    self._in_flight -= asked.count
-                    self.is_useful |= kind is list
+                    self._in_flight -= commands.count
+                    self.is_useful |= commands.width != _STATUS
                     if not asked.future.done():  # else its caller has gone
                         asked.future.set_result(asked.replies)
         except hiredis.HiredisError:
@@ -190,7 +208,7 @@ class RedisLink:
     """
 
     def __init__(
-        self, address: RedisAddress, state: BindingState, *, timeout_s: float, ca_file: Path | None, probe: bytes = b""
+        self, address: RedisAddress, state: BindingState, *, timeout_s: float, ca_file: Path | None, probe: str = ""
     ) -> None:
         """`probe`: a key to look at when nothing else is asked; without one, PING.
 
@@ -200,7 +218,7 @@ class RedisLink:
         self._state = state
         self._timeout_s = timeout_s
         self._tls = _tls(ca_file) if address.is_tls else None
-        self._probe = (Fields(("_",)).command(probe), 1) if probe else (b"*1\r\n$4\r\nPING\r\n", _STATUS)
+        self._probe = Fields(("_",)).read([probe]) if probe else Commands(b"*1\r\n$4\r\nPING\r\n", 1, _STATUS)
         self._is_refused = False
         self._connection: _Connection | None = None
         self._keeper: asyncio.Task[None] | None = None
@@ -219,31 +237,28 @@ class RedisLink:
             await connection.lost
         self._attempt.set()  # there will be no other
 
-    async def read(self, commands: Sequence[bytes], fields: Fields) -> list[Reply]:
-        """Return the values of `fields` for each HMGET of `commands`, None where a key holds no hash.
+    async def read(self, commands: Commands) -> list[Reply]:
+        """Return the values that each HMGET of `commands` asks for, None where a key holds no hash.
 
         Raises `RedisUnavailable`, at the latest after the link's timeout for connecting and the same for the replies.
         """
-        width, connection = len(fields.names), self._connection
+        connection = self._connection
         try:
-            if connection is None:
-                replies = await self._read_anew(commands, width)
-            else:
-                replies = await connection.ask(commands, width)
+            replies = await (self._read_anew(commands) if connection is None else connection.ask(commands))
         except RedisUnavailable:
             if connection is None or connection.is_late or not connection.lost.done():
                 raise
             # Reading twice does no harm.
-            replies = await self._read_anew(commands, width)
+            replies = await self._read_anew(commands)
         for index, reply in enumerate(replies):
             if type(reply) is not list:
                 if str(reply).startswith("WRONGTYPE"):
                     replies[index] = None
                 else:
-                    self._refused(str(reply), (commands[index], width))
+                    self._refused(str(reply), commands)
         return replies
 
-    async def _read_anew(self, commands: Sequence[bytes], width: int) -> list[Any]:
+    async def _read_anew(self, commands: Commands) -> list[Any]:
         """Ask over the next connection, unless it is known that there is no hope of one at the moment."""
         try:
             async with asyncio.timeout(self._timeout_s):
@@ -251,15 +266,15 @@ class RedisLink:
                     await self._attempt.wait()
                 if self._connection is None:
                     raise RedisUnavailable(self._state.error or "no connection to Redis")
-                return await self._connection.ask(commands, width)
+                return await self._connection.ask(commands)
         except TimeoutError:
             raise RedisUnavailable(f"no connection to Redis within {self._timeout_s:g} s") from None
 
-    def _refused(self, reply: str, command: tuple[bytes, int]) -> NoReturn:
+    def _refused(self, reply: str, commands: Commands) -> NoReturn:
         """Remember what was refused, so that the probe finds out when it no longer is, and raise."""
         text = f"Redis refuses to read features: {reply[:200]}"
         self._is_refused = True
-        self._probe = command
+        self._probe = commands
         self._state.fails(text)
         raise RedisUnavailable(text)
 
@@ -334,19 +349,19 @@ class RedisLink:
         return connection
 
     async def _expect_ok(self, connection: _Connection, words: tuple[Any, ...], what: str) -> None:
-        (reply,) = await connection.ask([hiredis.pack_command(words)], _STATUS)
+        (reply,) = await connection.ask(Commands(hiredis.pack_command(words), 1, _STATUS))
         if not isinstance(reply, bytes):
             raise RedisUnavailable(f"Redis refuses {what}: {str(reply)[:200]}")
 
     async def _try(self, connection: _Connection) -> None:
         """Ask the probe, and tell the state what came."""
-        command, width = self._probe
-        (reply,) = await connection.ask([command], width)
-        text = str(reply) if isinstance(reply, hiredis.ReplyError) else ""
+        probe = self._probe
+        errors = [str(reply) for reply in await connection.ask(probe) if isinstance(reply, hiredis.ReplyError)]
+        text = next((error for error in errors if not error.startswith("WRONGTYPE")), "")
         if text.startswith(("NOAUTH", "LOADING", "MASTERDOWN")):
             raise RedisUnavailable(f"Redis is not ready to answer: {text[:200]}")
         # Who may not PING may still read hashes; anything but a refusal of the read itself is an answer.
-        if text and width != _STATUS and not text.startswith("WRONGTYPE"):
+        if text and probe.width != _STATUS:
             self._is_refused = True
             self._state.fails(f"Redis refuses to read features: {text[:200]}")
         else:

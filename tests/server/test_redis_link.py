@@ -88,7 +88,7 @@ def test_every_caller_gets_its_own_values_whoever_gives_up(redis_server: RedisSe
             done = 0
             for _ in range(30):
                 wanted = [rng.randrange(500) for _ in range(rng.choice((1, 1, 1, 7, 32)))]
-                reading = asyncio.create_task(link.read([FIELDS.command(b"k%d" % n) for n in wanted], FIELDS))
+                reading = asyncio.create_task(link.read(FIELDS.read([f"k{n}" for n in wanted])))
                 if rng.random() < 0.3:
                     for _ in range(rng.randrange(3)):
                         await asyncio.sleep(0)
@@ -144,15 +144,13 @@ def test_a_surprise_ends_the_connection_and_a_new_one_is_made(surprise: bytes) -
         state = BindingState("redis")
         async with server.running(), link_to(server.port, state) as link:
             await until(lambda: bool(state.is_up))
-            reads = await asyncio.gather(
-                *(link.read([FIELDS.command(b"k")], FIELDS) for _ in range(3)), return_exceptions=True
-            )
+            reads = await asyncio.gather(*(link.read(FIELDS.read(["k"])) for _ in range(3)), return_exceptions=True)
             # one proper reply may have come first; whatever came behind it answers nobody
             good = [read for read in reads if read == [[b"1", None]]]
             assert all(isinstance(read, RedisUnavailable) for read in reads if read not in good), reads
             await until(lambda: server.connections > 1)
             await until(lambda: bool(state.is_up))
-            assert await link.read([FIELDS.command(b"k")], FIELDS) == [[b"1", None]]
+            assert await link.read(FIELDS.read(["k"])) == [[b"1", None]]
 
     server = Answering(answer)
     run(work())
@@ -173,11 +171,11 @@ def test_a_late_answer_reaches_nobody() -> None:
     async def work() -> None:
         state = BindingState("redis")
         async with server.running(), link_to(server.port, state) as link:
-            first = asyncio.create_task(link.read([FIELDS.command(b"first")], FIELDS))
+            first = asyncio.create_task(link.read(FIELDS.read(["first"])))
             await until(lambda: bool(seen))
             first.cancel()
             await asyncio.gather(first, return_exceptions=True)
-            second = asyncio.create_task(link.read([FIELDS.command(b"second")], FIELDS))
+            second = asyncio.create_task(link.read(FIELDS.read(["second"])))
             await asyncio.sleep(0)
             release.set()
             assert await second == [[b"second", None]]
@@ -195,7 +193,7 @@ def test_what_is_not_answered_in_time_ends_the_connection_and_nobody_waits_after
         async with server.running(), link_to(server.port, state, timeout_s=0.1) as link:
             await until(lambda: bool(state.is_up))
             with pytest.raises(RedisUnavailable, match=r"did not answer within 0\.1 s"):
-                await link.read([FIELDS.command(b"k")], FIELDS)
+                await link.read(FIELDS.read(["k"]))
             await until(lambda: server.connections > 1)
 
     server = Answering(answer)
@@ -210,10 +208,10 @@ def test_more_than_may_wait_is_refused_at_once() -> None:
         state = BindingState("redis")
         async with server.running(), link_to(server.port, state) as link:
             await until(lambda: bool(state.is_up))
-            waiting = asyncio.create_task(link.read([FIELDS.command(b"k")] * MAX_IN_FLIGHT, FIELDS))
+            waiting = asyncio.create_task(link.read(FIELDS.read(["k"] * MAX_IN_FLIGHT)))
             await asyncio.sleep(0)
             with pytest.raises(RedisUnavailable, match=f"at most {MAX_IN_FLIGHT} may"):
-                await link.read([FIELDS.command(b"k")], FIELDS)
+                await link.read(FIELDS.read(["k"]))
             waiting.cancel()
             await asyncio.gather(waiting, return_exceptions=True)
 
@@ -230,7 +228,7 @@ def test_ending_the_link_answers_who_waits() -> None:
         async with server.running():
             async with link_to(server.port, state) as link:
                 await until(lambda: bool(state.is_up))
-                waiting = asyncio.create_task(link.read([FIELDS.command(b"k")], FIELDS))
+                waiting = asyncio.create_task(link.read(FIELDS.read(["k"])))
                 await asyncio.sleep(0)
             with pytest.raises(RedisUnavailable):
                 await waiting
@@ -247,16 +245,18 @@ def test_a_connection_that_redis_closes_is_made_again_and_the_read_repeated(redi
             for _ in range(3):
                 with redis_server.client() as client:
                     client.client_kill_filter(_type="normal", skipme=True)
-                assert await link.read([FIELDS.command(b"k")], FIELDS) == [[None, None]]
+                assert await link.read(FIELDS.read(["k"])) == [[None, None]]
 
     run(work())
 
 
 def test_a_command_holds_whatever_key_it_is_given() -> None:
-    assert FIELDS.command(b"k") == b"*4\r\n$5\r\nHMGET\r\n$1\r\nk\r\n$1\r\na\r\n$1\r\nb\r\n"
-    wild = b"a\r\n*1\r\n$8\r\nFLUSHALL\r\n"
-    assert b"$%d\r\n%s\r\n" % (len(wild), wild) in FIELDS.command(wild)
-    assert Fields(("é",)).command(b"k").endswith(b"$2\r\n\xc3\xa9\r\n")
+    assert FIELDS.read(["k"]).payload == b"*4\r\n$5\r\nHMGET\r\n$1\r\nk\r\n$1\r\na\r\n$1\r\nb\r\n"
+    for wild in ("a\r\n*1\r\n$8\r\nFLUSHALL\r\n", "é", "a" * 300, "€\r\n"):
+        key = f"ü:{wild}:ß".encode()
+        commands = Fields(("é",), "ü:", ":ß").read(["x", wild])
+        assert commands.count == 2
+        assert b"$%d\r\n%s\r\n$2\r\n\xc3\xa9\r\n" % (len(key), key) in commands.payload
 
 
 # --- addresses -------------------------------------------------------------------------------------------------------
