@@ -13,6 +13,7 @@ favour no CPU.
 from __future__ import annotations
 
 import argparse
+import csv
 import hashlib
 import json
 import re
@@ -389,9 +390,10 @@ def fraud() -> Example:
         ],
         constants=[constant("weights", weights), constant("bias", bias)],
     )
-    table = json.loads((HERE / "fraud/features.json").read_text())
+    with (HERE / "fraud/features.csv").open(newline="") as file:
+        table = {row["card"]: row for row in csv.DictReader(file)}
     names = ("amount_24h", "count_24h", "age_days")
-    features = np.array([[table[card][name] for name in names] for card in FRAUD_CARDS])
+    features = np.array([[float(table[card][name]) for name in names] for card in FRAUD_CARDS])
     logits = np.hstack([FRAUD_SAMPLE, features]) @ weights + bias
     label = tensor("label", "INT64", logits.argmax(axis=1))
     # a parameter of the protocol is a single value: a list travels as its JSON

@@ -167,9 +167,32 @@ def demo(kubectl: Kubectl) -> None:
         say(f"http://{host}:8000 answers: {infer(kubectl, namespace, host)}")
 
 
-def infer(kubectl: Kubectl, namespace: str, host: str, model: str = "iris") -> str:
-    """Infer from the client pod; return the answer's text."""
-    request = (ROOT / "examples/iris/request.json").read_text()
+def demo_bindings(kubectl: Kubectl) -> None:
+    """Serve the fraud example on the services beside the cluster, fill its features in, and infer."""
+    namespace = EXAMPLE_NAMESPACE
+    root, settings = services(kubectl)
+    configure(kubectl, settings)
+    say("serving examples/fraud")
+    kubectl("apply", "-n", namespace, "-f", str(ROOT / "examples/fraud/model.yaml"))
+    kubectl("wait", "--for=condition=Ready", "phx/fraud", "-n", namespace, "--timeout=180s")
+    say(import_features(kubectl, namespace))
+    host = f"fraud.{namespace}.svc"
+    say(f"http://{host}:8000 answers: {infer(kubectl, namespace, host, 'fraud', example='fraud')}")
+    say(f"the services' admins' credentials are in {root}")
+
+
+def import_features(kubectl: Kubectl, namespace: str) -> str:
+    """Write the fraud example's features into Redis, from its pod and with its rights; return what was said."""
+    features = (ROOT / "examples/fraud/features.csv").read_text()
+    file = "/tmp/features.csv"
+    program = f"cat > {file} && phoenix-server features import {file} --manifest /etc/phoenix/model"
+    words = ("exec", "-i", "deployment/fraud", "-n", namespace, "--", "sh", "-c", program)
+    return kubectl(*words, stdin=features).strip()
+
+
+def infer(kubectl: Kubectl, namespace: str, host: str, model: str = "iris", *, example: str = "iris") -> str:
+    """Infer from the client pod with the request of an example; return the answer's text."""
+    request = (ROOT / "examples" / example / "request.json").read_text()
     program = (
         "import sys, urllib.request; "
         f"print(urllib.request.urlopen('http://{host}:8000/v2/models/{model}/infer', sys.stdin.buffer.read(), 10)"
@@ -180,10 +203,14 @@ def infer(kubectl: Kubectl, namespace: str, host: str, model: str = "iris") -> s
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Bring everything up, show that it works, and say what can be typed next."""
-    argparse.ArgumentParser(description=__doc__).parse_args(arguments)
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--bindings", action="store_true", help="Redis, PostgreSQL and Kafka too, and examples/fraud")
+    options = parser.parse_args(arguments)
     try:
         kubectl = up()
         demo(kubectl)
+        if options.bindings:
+            demo_bindings(kubectl)
     except subprocess.CalledProcessError as error:
         say(f"failed: {' '.join(map(str, error.cmd))}\n{error.stderr or ''}")
         return 1

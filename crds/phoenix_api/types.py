@@ -278,11 +278,12 @@ class Features(ApiObject):
         description="Fields of the hash, in the order of the columns."
     )
     defaults: Annotated[dict[str, Number], Field(max_length=256), NullIsAbsent] = Field(
-        default_factory=dict, description="Values of fields that are missing."
+        default_factory=dict, description="Values of fields that are missing of an entity that is known."
     )
     on_missing: OnMissing = Field(
         OnMissing.REJECT,
-        description="`Reject` answers 400 with the entity and the fields; `Default` takes the defaults.",
+        description="`Reject` answers 400 with the entity and the fields; `Default` takes the defaults, also for an "
+        "unknown entity and while Redis is down.",
     )
     max_age_seconds: Whole = Field(
         86400, ge=1, le=315_360_000, description="Age at which features are stale, by the hash field `_updated`."

@@ -1,4 +1,4 @@
-"""The command line: `phoenix-server serve | check | migrate | audit | features import | openapi`."""
+"""The command line: `phoenix-server serve | check | features import | migrate | audit | openapi`."""
 
 import argparse
 import gc

@@ -66,9 +66,7 @@ async def running(settings: Settings, manifests: Iterable[Manifest], paths: list
         events = await stack.enter_async_context(Events(settings, metrics))
         recording = await stack.enter_async_context(Recording(settings, metrics, events))
         repository.followers += [events.follow, recording.follow]
-        plane = DataPlane(
-            repository, metrics, recorder=recording, tracer=tracer, is_access_logged=settings.access_log
-        )
+        plane = DataPlane(repository, metrics, recorder=recording, tracer=tracer, is_access_logged=settings.access_log)
 
         decoders = ThreadPoolExecutor(intra_op_threads(0, settings.cpus), thread_name_prefix="decode")
         stack.callback(decoders.shutdown, wait=False, cancel_futures=True)

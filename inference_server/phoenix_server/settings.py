@@ -114,7 +114,8 @@ class Settings(BaseModel):
         1_000_000, ge=1, description="Events that wait in the outbox, beyond which `Durable` answers 503."
     )
     audit_heads_topic: str | None = Field(
-        None, pattern=r"^[A-Za-z0-9._-]{1,249}$",
+        None,
+        pattern=r"^[A-Za-z0-9._-]{1,249}$",
         description="Topic for the heads of hash chains; absent: they are in the log, the metrics and the database.",
     )
     audit_retention_days: int = Field(

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -85,6 +86,12 @@ def phoenix(pytestconfig: pytest.Config) -> Iterator[Phoenix]:
         found = Phoenix(kubectl, tools.images()[0])
         found.set_settings(SETTINGS)
         yield found
+
+
+@pytest.fixture(scope="session")
+def usual_settings() -> dict[str, Any]:
+    """The operator's settings that tests find, and leave behind."""
+    return dict(SETTINGS)
 
 
 _numbers = itertools.count(1)

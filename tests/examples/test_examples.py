@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import importlib.util
 import json
@@ -60,7 +61,8 @@ def request_of(name: str) -> dict[str, Array]:
     features = manifest(name)["spec"].get("features")
     if features:
         parameters = json.loads((EXAMPLES / name / "request.json").read_text())["parameters"]
-        table = json.loads((EXAMPLES / name / "features.json").read_text())
+        with (EXAMPLES / name / "features.csv").open(newline="") as file:
+            table = {row[features["entityParameter"]]: row for row in csv.DictReader(file)}
         rows = [table[entity] for entity in json.loads(parameters[features["entityParameter"]])]
         inputs[features["input"]] = np.array([[row[field] for field in features["names"]] for row in rows], np.float32)
     return inputs

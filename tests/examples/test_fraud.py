@@ -95,9 +95,11 @@ def test_card_that_is_not_in_the_table_is_refused_by_name(server: Running) -> No
 
 def test_field_that_is_missing_gets_the_default(server: Running) -> None:
     got = infer(server, payment("card-1004", 500, 1)).json()
-    row = json.loads((FRAUD / "features.json").read_text())["card-1004"]
+    [row] = [line for line in (FRAUD / "features.csv").read_text().splitlines() if line.startswith("card-1004,")]
+    amount_24h, count_24h, age_days = row.split(",")[1:]
+    assert age_days == ""
     model = onnxruntime.InferenceSession(FRAUD / "model.onnx")
-    inputs = {"payment": [[500, 1]], "features": [[row["amount_24h"], row["count_24h"], 0]]}
+    inputs = {"payment": [[500, 1]], "features": [[float(amount_24h), float(count_24h), 0]]}
     expected = model.run(["probabilities"], {name: np.array(rows, np.float32) for name, rows in inputs.items()})[0]
     assert got["outputs"][1]["data"] == pytest.approx(expected.ravel().tolist(), abs=1e-6)
 
