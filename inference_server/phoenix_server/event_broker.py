@@ -72,7 +72,7 @@ class EventBroker:
 
     def turn(self, wait_s: float) -> bool:
         """Serve delivery reports; ask the cluster where it is in doubt."""
-        self._producer.poll(wait_s)
+        self._poll(wait_s)
         if self._fatal is not None and time.monotonic() >= self._broken_since_s + _PROBE_EVERY_S:
             self._replace(self._fatal)
         if len(self._known) < len(self._reports) and time.monotonic() >= self._next_probe_s:
@@ -81,9 +81,24 @@ class EventBroker:
 
     def close(self, within_s: float) -> None:
         """Send what is buffered; what is not acknowledged in time is lost for `shutdown`."""
-        if self._producer.flush(within_s):
+        until_s = time.monotonic() + within_s
+        while len(self._producer) and self._fatal is None and (left_s := until_s - time.monotonic()) > 0:
+            self._poll(min(left_s, 0.1))
+        self._purge()
+
+    def _poll(self, wait_s: float) -> None:
+        try:
+            self._producer.poll(wait_s)
+        except KafkaException as failure:  # of a fatal error
+            self._on_error(failure.args[0])
+
+    def _purge(self) -> None:
+        """Give up what the client holds, and count it."""
+        if len(self._producer):
             self._producer.purge()
-            self._producer.flush(1.0)
+            until_s = time.monotonic() + 1.0
+            while len(self._producer) and time.monotonic() < until_s:
+                self._poll(0.05)
 
     def _produce(self, topic: str, messages: list[dict[str, Any]], reported: Callable[..., None]) -> int:
         """Return how many messages from the front are done with: accepted, or refused for good (`_error`)."""
@@ -112,7 +127,8 @@ class EventBroker:
         return reported
 
     def _lost(self, stream: Stream, error: KafkaError) -> None:
-        reason = loss_reason(error if self._fatal is None else self._fatal)
+        error = self._fatal or error  # which a purged record does not know
+        reason = loss_reason(error)
         stream.lose(reason)
         if reason in ("denied", "no_topic", "timeout", "failed"):
             self._known.discard(stream.topic)
@@ -132,7 +148,7 @@ class EventBroker:
     def _probe(self) -> None:
         for topic in [topic for topic in list(self._reports) if topic not in self._known]:
             fault = self._link.topic_fault(self._producer, topic)
-            self._producer.poll(0)
+            self._poll(0)
             if fault is None:
                 self._known.add(topic)
                 self._last_error.text = ""
@@ -146,9 +162,8 @@ class EventBroker:
 
     def _replace(self, fatal: KafkaError) -> None:
         """Make a new producer where the old one can go on no more, which loses what it holds."""
-        _log.error("the producer of events failed and is replaced", extra={"cause": self._link.words(fatal)})
-        self._producer.purge()
-        self._producer.flush(1.0)
+        _log.debug("the producer of events failed and is replaced", extra={"cause": self._link.words(fatal)})
+        self._purge()
         self._producer = self._new_producer()
         self._fatal = None
 

@@ -31,6 +31,7 @@ _log = logging.getLogger(__name__)
 _GATHER_S = 0.005
 _MOST_AT_ONCE = 500
 _CLOSE_WITHIN_S = 10.0
+_AFTER_FAILURE_S = 1.0
 
 
 class NotDelivered(Exception):
@@ -77,6 +78,7 @@ class Events:
         self._counts: dict[str, EventCounts] = {}
         self._queue: deque[tuple[Stream, Prediction | Event, int]] = deque()
         self._urgent: deque[_Delivery] = deque()
+        self._ready: list[tuple[Stream, Event]] = []  # out of the queue and not yet sent; the thread's own
         # Each is written by one side only: the loop accepts, the thread takes.
         self._accepted_bytes = self._taken_bytes = 0
         self._wake = threading.Event()
@@ -206,14 +208,24 @@ class Events:
             self._wake.set()
 
     def _run(self) -> None:
-        try:
-            self._work()
-        except Exception:
-            _log.exception("the thread of events failed; events are lost from here on")
-            self._close_by_s = time.monotonic()
+        while True:
+            try:
+                self._work()
+                break
+            except Exception:
+                _log.exception("the thread of events failed and goes on", extra={"lost": len(self._ready)})
+                for stream, _ in self._ready:
+                    stream.lose("failed")
+                self._ready.clear()
+                time.sleep(_AFTER_FAILURE_S)
+        close_by_s = self._close_by_s or 0.0
+        self._sink.close(max(0.0, close_by_s - time.monotonic()))
+        for stream in [stream for stream, _ in self._ready] + [stream for stream, _, _ in self._queue]:
+            stream.lose("shutdown")
 
     def _work(self) -> None:
-        sink, ready = self._sink, list[tuple[Stream, Event]]()
+        """Send what comes, until the server shuts down."""
+        sink, ready = self._sink, self._ready
         while True:
             while self._urgent:
                 delivery = self._urgent.popleft()
@@ -223,18 +235,14 @@ class Events:
             if ready:
                 del ready[: sink.send(ready)]
             is_busy = sink.turn(_GATHER_S if ready or self._queue else 0.0)
-            close_by_s = self._close_by_s
-            if close_by_s is not None and (time.monotonic() >= close_by_s or not (ready or self._queue)):
+            if self._close_by_s is not None and (
+                time.monotonic() >= self._close_by_s or not (ready or self._queue or self._urgent)
+            ):
                 break
             if is_busy and not self._queue:
                 sink.turn(_GATHER_S)
             elif not (ready or self._queue or self._urgent):
                 self._sleep()
-        sink.close(max(0.0, close_by_s - time.monotonic()))
-        for stream, _ in ready:
-            stream.lose("shutdown")
-        for stream, _, _ in self._queue:
-            stream.lose("shutdown")
 
     def _take(self, ready: list[tuple[Stream, Event]]) -> None:
         """Move items from the queue, written as events."""

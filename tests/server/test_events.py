@@ -282,7 +282,7 @@ def test_a_topic_that_may_not_be_written_is_told_and_counted(secure_kafka: Kafka
     with phoenix_process.start([write_model(tmp_path, "denied")], login(secure_kafka, "denied", "secret")) as server:
         ask(server, "denied", 1)
         wait_until(lambda: metric(server, DROPPED.format("denied", "denied")) == 1, "the loss to be counted")
-        await_state(server, "denied", up=False, saying="TOPIC_AUTHORIZATION_FAILED")
+        await_state(server, "denied", up=False, saying="AUTHORIZATION_FAILED")
         allow(secure_kafka, "denied", ResourceType.TOPIC, topics.events, AclOperation.WRITE)
 
         def is_published() -> bool:
