@@ -149,7 +149,7 @@ class BackendPool:
             secret = await self._cluster.get(SECRET, self._namespace, name)
         except ApiError as error:
             if error.code == 403:
-                words = f"{which} may not be read; install with `phoenix-operator manifests --bindings {name}`"
+                words = f"{which} may not be read; install with `phoenix-operator manifests FOLDER --bindings {name}`"
                 raise BackendError(Reason.ACCESS_DENIED, words) from None
             raise
         if secret is None:

@@ -43,6 +43,7 @@ ROTATED, PROVISIONED, RETIRING = "phoenix-ml.io/rotated", "phoenix-ml.io/provisi
 _FIRST_PAUSE_S, _LAST_PAUSE_S = 2.0, 300.0
 _PASSWORD_BYTES = 32
 _UNREAD = "unread"
+_RIGHTS = "install with `phoenix-operator manifests FOLDER --bindings SECRETS`"
 
 T = TypeVar("T")
 Home = tuple[str, str]  # kind and name of a backend
@@ -140,7 +141,7 @@ class Bindings:
             except ApiError as error:
                 if error.code != 403 or error.is_namespace_ending:
                     raise
-                words = "the operator may not add its finalizer; install with `phoenix-operator manifests --bindings`"
+                words = f"the operator may not add its finalizer; {_RIGHTS}"
                 denied = [BindingSeen(each.kind, reason=Reason.ACCESS_DENIED, message=words) for each in wanted]
                 return replace(observed, bindings={seen.kind: seen for seen in denied})
         is_known = bool(recorded)
@@ -177,7 +178,7 @@ class Bindings:
         values = desired.values_of(secret)
         if faults := desired.faults_of(each.kind, values):
             words = f"{field}: Secret {each.secret}: {', '.join(faults)}; see the layout of bindings"
-            key = next((fault.rpartition(" ")[2] for fault in faults if "has no key" in fault), "type")
+            key = next((fault.partition("has no key ")[2] for fault in faults if "has no key" in fault), "type")
             return (
                 BindingSeen(each.kind, reason=Reason.SECRET_MISSING, message=words),
                 Missing(Reference.SECRET, each.secret, field, key=key),
@@ -336,7 +337,7 @@ class Bindings:
                 raise
             name = manifest["metadata"]["name"]
             if error.code == 403 and not error.is_quota:
-                words = "the operator may not write it; install with `phoenix-operator manifests --bindings`"
+                words = f"the operator may not write it; {_RIGHTS}"
             else:
                 words = error.message if error.is_quota else f"the API server refuses it ({error.code} {error.reason})"
             raise _Refused(f"Secret {name}: {words}") from None

@@ -161,7 +161,7 @@ def test_admin_secret_that_cannot_be_used_is_named(monkeypatch: pytest.MonkeyPat
         with pytest.raises(BackendError) as caught:
             await pool.get(*HOME)
         assert reason(caught)[0] is Reason.ACCESS_DENIED
-        assert "manifests --bindings redis-admin" in reason(caught)[1]
+        assert "manifests FOLDER --bindings redis-admin" in reason(caught)[1]
         world.cluster.refuse = lambda call: None
         world.cluster.remove(SECRET, "redis-admin", OPERATOR_NAMESPACE)
         with pytest.raises(BackendError) as caught:

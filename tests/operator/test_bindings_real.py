@@ -10,6 +10,7 @@ import pytest
 import redis
 from confluent_kafka import KafkaException, Producer
 from objects import NAMESPACE, OPERATOR_NAMESPACE, loaded
+from psycopg import sql
 from services import KafkaBroker, PostgresServer, RedisServer
 from world import KEY, World
 
@@ -105,10 +106,11 @@ class Real:
         }
         producer = Producer(config)
         try:
-            producer.produce(TOPIC, b"{}", on_delivery=lambda error, _: told.append(error))
-            producer.flush(20)
+            producer.list_topics(TOPIC, timeout=8)
         except KafkaException:
             return False
+        producer.produce(TOPIC, b"{}", on_delivery=lambda error, _: told.append(error))
+        producer.flush(20)
         return told == [None]
 
     def _postgres_works(self, values: dict[str, str]) -> bool:
@@ -145,6 +147,11 @@ def real(secure_redis: RedisServer, secure_kafka: KafkaBroker, secure_postgres: 
     made = Real(secure_redis, secure_kafka, secure_postgres)
     yield made
     secure_redis.flush()
+    with secure_postgres.connect() as connection:  # roles are of all databases
+        connection.execute(sql.SQL("DROP DATABASE {} WITH (FORCE)").format(sql.Identifier(made.database)))
+        left = connection.execute("SELECT rolname FROM pg_roles WHERE rolname LIKE 'phx\\_%'").fetchall()
+        for (role,) in left:
+            connection.execute(sql.SQL("DROP ROLE {}").format(sql.Identifier(role)))
 
 
 EVERY, NONE = dict.fromkeys(KINDS, True), dict.fromkeys(KINDS, False)
@@ -163,6 +170,7 @@ def test_model_is_given_access_rotated_and_released(real: Real, policy: str) -> 
         world.roll_out()
         await world.reconcile()
         world.cluster.take_writes()
+        await world.pool.close()
         world.start()
         await world.reconcile()
         assert world.cluster.writes == []
@@ -179,7 +187,7 @@ def test_model_is_given_access_rotated_and_released(real: Real, policy: str) -> 
 
         world.delete()
         await world.reconcile()
-        assert (PHOENIX_MODEL, *KEY) not in world.cluster.objects
+        assert (PHOENIX_MODEL, *KEY) not in world.cluster.objects, world.condition("BindingsReady")
         assert real.works(second) == NONE
         assert real.left() == (EVERY if policy == "Retain" else NONE)
         await world.pool.close()
@@ -197,6 +205,7 @@ def test_backend_that_is_killed_blocks_deletion_until_it_is_back(real: Real) -> 
         await world.reconcile()
         assert world.condition("BindingsReady")[:2] == ("False", "DeletionBlocked")
         real.redis_server.start()
+        await world.pool.close()
         world.start()
         await world.reconcile()
         assert (PHOENIX_MODEL, *KEY) not in world.cluster.objects

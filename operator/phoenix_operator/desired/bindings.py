@@ -115,8 +115,10 @@ def faults_of(kind: str, values: Mapping[str, str]) -> list[str]:
     """Return what keeps the content of a Secret from being a binding of this kind: names of keys, never a value."""
     told = values.get("type", kind).strip()
     found = [] if told == kind else [f"its key type should be {kind}"]
-    needed = ("bootstrap-servers",) if kind == "kafka" else ("uri",)
-    return found + [f"it has no key {key}" for key in needed if not values.get(key)]
+    needed = ("bootstrap-servers",) if kind == "kafka" else ("uri", "host")
+    if not any(values.get(key) for key in needed):
+        found.append(f"it has no key {' or '.join(needed)}")
+    return found
 
 
 def ports_of(kind: str, values: Mapping[str, str]) -> tuple[int, ...]:
