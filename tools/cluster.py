@@ -83,12 +83,25 @@ def up() -> Kubectl:
 def install(kubectl: Kubectl) -> None:
     """Apply the operator's manifests and wait for it; running pods take up an image that was built again."""
     say("installing the operator")
-    kubectl("apply", "--server-side", "--force-conflicts", "-k", str(MANIFESTS))
+    apply_manifests(kubectl)
     restart_operator(kubectl, image_id(images()[1]))
 
 
+def apply_manifests(kubectl: Kubectl) -> None:
+    """Apply the operator's manifests: it may provision nothing then."""
+    kubectl("apply", "--server-side", "--force-conflicts", "-k", str(MANIFESTS))
+
+
+def allow_bindings(kubectl: Kubectl, secrets: Sequence[str]) -> None:
+    """Apply the operator's manifests with the rights that bindings need, as the operator itself prints them."""
+    words = f"phoenix-operator manifests /tmp/manifests --bindings {','.join(secrets)} >&2"
+    operator = ("exec", "deployment/phoenix-operator", "-n", OPERATOR_NAMESPACE, "--", "sh", "-c")
+    text = kubectl(*operator, f"{words} && cat /tmp/manifests/operator.yaml")
+    kubectl("apply", "--server-side", "--force-conflicts", "-f", "-", stdin=text)
+
+
 def services(kubectl: Kubectl) -> tuple[Path, dict[str, object]]:
-    """Start Redis, PostgreSQL and Kafka beside the cluster, behind TLS and logins, and store their admins' Secrets.
+    """Start Redis, PostgreSQL and Kafka beside the cluster, behind TLS and logins, for the operator to use.
 
     Returns the folder with the same credentials (a SERVICE_BINDING_ROOT), for whoever looks into the services, and the
     part of the operator's settings that names them.
@@ -96,7 +109,9 @@ def services(kubectl: Kubectl) -> tuple[Path, dict[str, object]]:
     root = Path(lab("services", "up", "--for-pods").splitlines()[-1])
     # server-side: kubectl would keep a copy of the passwords in an annotation
     kubectl("apply", "--server-side", "--force-conflicts", "-f", str(root.parent / "secrets.json"))
-    return root, json.loads((root.parent / "settings.json").read_text())
+    settings = json.loads((root.parent / "settings.json").read_text())
+    allow_bindings(kubectl, [backend["adminSecretRef"]["name"] for backend in settings["backends"]])
+    return root, settings
 
 
 def configure(kubectl: Kubectl, settings: Mapping[str, object]) -> None:

@@ -29,6 +29,7 @@ def admin(phoenix: Phoenix, usual_settings: dict[str, Any]) -> Iterator[dict[str
     phoenix.set_settings({**usual_settings, **backends})
     yield {folder.name: {key.name: key.read_text() for key in folder.iterdir()} for folder in Path(root).iterdir()}
     phoenix.wait_for("the tests' models to be gone", lambda: not of_tests(phoenix), deadline_s=120)
+    tools.apply_manifests(phoenix.kubectl)
     phoenix.set_settings(usual_settings)
 
 

@@ -22,6 +22,7 @@ def lab(tmp_path, monkeypatch, services_here):
     monkeypatch.setattr("lab.state.HOME", tmp_path)
     monkeypatch.setattr(together, "_DATA", Path(tempfile.mkdtemp(prefix="phoenix-lab-")))
     together._DATA.chmod(0o711)
+    monkeypatch.setattr(together, "_USUAL_PORTS", {})  # they are left to whoever else uses this machine
     lab = Lab("unit")
     yield lab
     together.down(lab)

@@ -148,7 +148,11 @@ def test_packages_are_installed_without_starting_their_daemons(tmp_path, monkeyp
 
 def test_free_port_is_none_that_an_outgoing_connection_takes():
     lowest = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
-    assert 1024 < machine.free_port("127.0.0.1") < lowest
+    port = machine.free_port("127.0.0.1")
+    assert 1024 < port < lowest
+    assert machine.free_port("127.0.0.1", usual=port) == port
+    with socket.create_server(("127.0.0.1", port)):
+        assert machine.free_port("127.0.0.1", usual=port) != port
 
 
 # Redis

@@ -91,11 +91,14 @@ def host_ip() -> str:
     return addresses[0]
 
 
-def free_port(host: str) -> int:
-    """A port of `host` that nobody listens on, and that no outgoing connection takes while its server is away."""
+def free_port(host: str, *, usual: int | None = None) -> int:
+    """A port of `host` that nobody listens on, and that no outgoing connection takes while its server is away.
+
+    `usual` is taken where it is free.
+    """
     lowest_outgoing = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
     lowest = min(15_000, lowest_outgoing - 1_000)
-    for port in random.sample(range(lowest, lowest_outgoing), 100):
+    for port in (*([usual] if usual else []), *random.sample(range(lowest, lowest_outgoing), 100)):
         with socket.socket() as candidate:
             try:
                 candidate.bind((host, port))

@@ -23,6 +23,8 @@ OPERATOR_NAMESPACE = "phoenix-system"
 # Root's home is closed to the user that PostgreSQL runs as.
 _DATA = Path("/var/lib/phoenix-lab")
 _LOOPBACK = "127.0.0.1"
+# Taken where they are free: the operator's NetworkPolicy lets it out to these without being told.
+_USUAL_PORTS = {"redis": 6379, "postgresql": 5432, "kafka": 9092}
 
 
 def up(lab: Lab, *, is_secure: bool, is_for_pods: bool) -> Path:
@@ -41,7 +43,9 @@ def up(lab: Lab, *, is_secure: bool, is_for_pods: bool) -> Path:
     if facts is None:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True, mode=0o700)
-        facts = wanted | {"ports": {kind.kind: machine.free_port(host) for kind in KINDS}}
+        facts = wanted | {
+            "ports": {kind.kind: machine.free_port(host, usual=_USUAL_PORTS.get(kind.kind)) for kind in KINDS}
+        }
         (folder / "services.json").write_text(json.dumps(facts))
     services = _services(lab, facts)
     for service in services:
