@@ -1,4 +1,4 @@
-"""The command line: `phoenix-server serve | check | features import | migrate | audit | openapi`."""
+"""The command line: `phoenix-server serve | check | features import | replay-requests | migrate | audit | openapi`."""
 
 import argparse
 import gc
@@ -52,6 +52,7 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument("--grpc-port", type=int, help="gRPC port (PHOENIX_GRPC_PORT)")
         command.add_argument("--model-store", type=Path, help="folder for relative URIs (PHOENIX_MODEL_STORE)")
     _add_features(commands)
+    _add_replay(commands)
     command = commands.add_parser(
         "openapi", help="print the OpenAPI document", description="print the OpenAPI document"
     )
@@ -80,6 +81,18 @@ def _add_audit(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     which.add_argument("--last", type=int, default=0, metavar="N", help="the newest N predictions")
     command.add_argument("--model-store", type=Path, help="folder for relative URIs (PHOENIX_MODEL_STORE)")
     command.set_defaults(command=_audit, what="replay")
+
+
+def _add_replay(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    text = "answer a file of OIP JSON requests, one a line; exit 1 if some could not be served"
+    command = commands.add_parser("replay-requests", help=text, description=text)
+    command.add_argument("requests", type=Path, metavar="FILE", help="requests, one a line; - reads standard input")
+    command.add_argument("--models", nargs="+", type=Path, required=True, metavar="PATH", help="manifests, as of serve")
+    command.add_argument("--name", help="the model to ask, where the paths have several")
+    command.add_argument("--output", type=Path, help="file for the results; else standard output")
+    command.add_argument("--dead-letters", type=Path, help="file for lines not served; else FILE.dead-letters.jsonl")
+    command.add_argument("--model-store", type=Path, help="folder for relative URIs (PHOENIX_MODEL_STORE)")
+    command.set_defaults(command=_replay_requests)
 
 
 def _add_features(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -188,6 +201,26 @@ def _audit(options: argparse.Namespace) -> int:
         return command.replay(settings, new_store(settings), options.id, options.last)
     except ModelLoadError as error:
         print(f"{error.reason}: {error.message}", file=sys.stderr)
+        raise
+
+
+def _replay_requests(options: argparse.Namespace) -> int:
+    from phoenix_server.replay_requests import run
+    from phoenix_server.settings import load_settings
+
+    try:
+        settings = load_settings(model_store=options.model_store)
+        configure("warning")
+        return run(
+            settings,
+            _manifests(options.models, strict=False),
+            model_name=options.name,
+            requests=options.requests,
+            output=options.output,
+            dead_letters=options.dead_letters,
+        )
+    except ModelLoadError as error:
+        print(f"FAILED {error.reason}: {error.message}", file=sys.stderr)
         raise
 
 

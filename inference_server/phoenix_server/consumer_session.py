@@ -34,6 +34,7 @@ _POLL_S = 0.2
 _PAUSE_AFTER_S = 0.5
 _LOOK_EVERY_S = 2.0
 _CLOSE_S = 10.0
+_FRUITLESS = 3
 _GRACE_S = 10.0
 # How long the partitions of a process that was killed rest: the least that brokers allow is 6 s by default.
 _SESSION_TIMEOUT_MS = 10_000
@@ -173,7 +174,7 @@ class ConsumerSession:
 
     def _commit(self, records: list[Record], replies: list[Reply]) -> None:
         """Produce the replies and commit them with the offsets of their requests."""
-        is_careful = False
+        is_careful, fruitless = False, 0
         while True:
             transaction = Transaction(self._producer, self._work.route, records, replies, is_careful=is_careful)
             run = functools.partial(
@@ -184,7 +185,9 @@ class ConsumerSession:
                 break
             except Exception:
                 self._work.counts.transactions["failed"] += 1
-                if not transaction.oversized or not transaction.is_aborted:
+                # One more failure follows a refused record, of those that were sent after it.
+                fruitless = 0 if transaction.oversized else fruitless + 1
+                if not transaction.is_aborted or fruitless > (_FRUITLESS if is_careful else 0):
                     raise
             # The broker refuses what it gets at once, good records with the bad: find the bad by sending one by one.
             if is_careful or len(transaction.oversized) == 1:

@@ -65,7 +65,8 @@ class Transaction:
             self._until_done(lambda: producer.commit_transaction(self._left_s()))
         except KafkaException as failure:
             error = failure.args[0]
-            if error.txn_requires_abort():
+            # _STATE: the transaction failed already, by a record whose report came before this call
+            if error.txn_requires_abort() or error.code() == KafkaError._STATE:
                 self._abort()
             raise
         except TransactionAborted:

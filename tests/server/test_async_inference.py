@@ -1,10 +1,11 @@
 """Asynchronous inference on a real Kafka: each request exactly one result, whatever is killed; poison never blocks."""
 
+import contextlib
 import json
 import threading
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -151,11 +152,17 @@ def test_an_overloaded_model_lets_requests_wait_and_keeps_their_order(
     kafka_broker: KafkaBroker, tmp_path: Path
 ) -> None:
     topics = Topics("narrow").make(kafka_broker, partitions=1)
-    folder = served(tmp_path, "narrow", limits={"maxQueuedRows": 1}, batching={"maxRows": 8})
-    with phoenix_process.start(folder, settings_of(kafka_broker)):
-        send(kafka_broker, topics.requests, [(b"k", body(n, f"r{n}")) for n in range(2000)])
-        found = records_of(kafka_broker, topics.results, count=2000)
-    assert [result_of(record)[0] for record in found] == [f"r{n}" for n in range(2000)]
+    folder = served(tmp_path, "narrow", limits={"maxQueuedRows": 8}, batching={"maxRows": 8})
+
+    def full(number: int) -> bytes:
+        rows = {"name": "x", "shape": [8, 1], "datatype": "FP32", "data": [number] * 8}
+        return json.dumps({"id": f"r{number}", "inputs": [rows]}).encode()
+
+    with phoenix_process.start(folder, settings_of(kafka_broker)) as server:
+        send(kafka_broker, topics.requests, [(b"k", full(n)) for n in range(1000)])
+        found = records_of(kafka_broker, topics.results, count=1000)
+        assert metric(server, 'phoenix_async_retries_total{model="narrow"}') > 0
+    assert [result_of(record)[0] for record in found] == [f"r{n}" for n in range(1000)]
 
 
 class Load:
@@ -210,6 +217,13 @@ def has_grown(reader: Reader, by: int = 1) -> Callable[[], bool]:
     return lambda: len(reader.read()) >= before + by
 
 
+@contextlib.contextmanager
+def to_be_killed(folder: list[Path], settings: dict[str, str]) -> Iterator[phoenix_process.Running]:
+    """A server that the block kills."""
+    with pytest.raises(AssertionError, match="ended with -9"), phoenix_process.start(folder, settings) as server:
+        yield server
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_kills_of_the_server_lose_and_repeat_nothing(kafka_broker: KafkaBroker, tmp_path: Path) -> None:
@@ -219,7 +233,7 @@ def test_kills_of_the_server_lose_and_repeat_nothing(kafka_broker: KafkaBroker, 
     reader = Reader(kafka_broker, [topics.results, topics.dead_letters])
     with Load(kafka_broker, topics.requests) as load:
         for number in range(3):
-            with pytest.raises(AssertionError, match="ended with -9"), phoenix_process.start(folder, settings) as server:
+            with to_be_killed(folder, settings) as server:
                 wait_until(has_grown(reader), "results before the kill", RECOVERY_S)
                 time.sleep(0.01 * number)  # kills at different moments of a transaction
                 server.process.kill()
