@@ -1,4 +1,4 @@
-"""Where a test's audit is kept (SQLite, or a schema of its own in a real PostgreSQL), models that have one, and load."""
+"""Where a test's audit is kept (SQLite, or a schema in a real PostgreSQL), models that have one, and load."""
 
 import contextlib
 import http.client
@@ -71,7 +71,9 @@ class PostgresHome:
     def make_login(self, login: str, *, is_member: bool = True) -> None:
         name = sql.Identifier(login)
         with self.admin() as connection:
-            connection.execute(sql.SQL("CREATE ROLE {} LOGIN NOINHERIT PASSWORD {}").format(name, sql.Literal(PASSWORD)))
+            connection.execute(
+                sql.SQL("CREATE ROLE {} LOGIN NOINHERIT PASSWORD {}").format(name, sql.Literal(PASSWORD))
+            )
             connection.execute(
                 sql.SQL("ALTER ROLE {} IN DATABASE {} SET search_path = {}").format(
                     name, sql.Identifier(self.database), sql.Identifier(SCHEMA)
@@ -149,9 +151,7 @@ def cli(home: Home, *arguments: str, **more: str) -> subprocess.CompletedProcess
 def serving(home: Home, *paths: Path, **more: str) -> Iterator[Running]:
     """A server whose audit is connected."""
     with start(paths, settings(home, **more)) as server:
-        first = paths[0] if paths[0].is_file() else min(paths[0].glob("*.json"))
-        name = json.loads(first.read_text())["metadata"]["name"]
-        wait_until(lambda: state(server, name)["up"] is True, "the audit is connected")
+        wait_until(lambda: metric(server, "phoenix_binding_up") > 0, "the audit is connected")
         yield server
 
 
@@ -166,7 +166,9 @@ class Answers:
         return self.ids.get(status, [])
 
 
-def infer(server: Running, request_id: str, *, model: str = "iris", body: Any = None, timeout_s: float = 30.0) -> tuple[int, Any]:
+def infer(
+    server: Running, request_id: str, *, model: str = "iris", body: Any = None, timeout_s: float = 30.0
+) -> tuple[int, Any]:
     """Send one request; the status and the body."""
     connection = http.client.HTTPConnection(server.rest_url.removeprefix("http://"), timeout=timeout_s)
     try:

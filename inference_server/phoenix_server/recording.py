@@ -84,7 +84,7 @@ class Recording:
                 self._learn(model)
 
     async def record(self, prediction: Prediction) -> None:
-        """Keep a prediction as its model declares. Raises `PhoenixError(UNAVAILABLE)` where a row must be and is not."""
+        """Keep a prediction as declared. Raises `PhoenixError(UNAVAILABLE)` where a row must be and is not."""
         model = prediction.model
         mode, includes_tensors = self._modes.get(model) or self._learn(model)
         if mode is AuditMode.DURABLE:
@@ -129,15 +129,13 @@ class Recording:
             self._writer.on_events = self._relay.wake
 
     def _publish_head(self, head: "Head") -> None:
-        """Let the head of the chain be known where whoever can change the database cannot: log, and topic if there is one."""
+        """Let the head be known where who can change the database cannot: in the log, and a topic if there is one."""
         fields = {"writer": head.writer, "sequence": head.sequence, "hash": head.hash.hex()}
         _log.info("audit chain", extra=fields)
         topic = self._settings.audit_heads_topic
         if topic is not None and self._events is not None:
             document = {"kind": "audit-chain-head", "time": time.time(), **fields}
-            event = Event(
-                f"{head.writer}-{head.sequence}", topic, head.writer.encode(), json.dumps(document).encode()
-            )
+            event = Event(f"{head.writer}-{head.sequence}", topic, head.writer.encode(), json.dumps(document).encode())
             task = asyncio.create_task(self._deliver_head(self._events, event))
             self._heads.add(task)
             task.add_done_callback(self._heads.discard)

@@ -42,7 +42,8 @@ def broken_at(rows: list[tuple[AuditRow, bytes]], *heads: Head) -> tuple[int, st
 def test_canonical_form_is_the_row_as_json() -> None:
     text = canonical(row(7, entity='a"\\\n\u00e9'))
     assert json.loads(text) == {
-        "writer": WRITER, "sequence": 7, "written": "2026-11-28T07:30:56.000008Z", "time": "2026-11-28T07:30:56.000000Z",
+        "writer": WRITER, "sequence": 7, "written": "2026-11-28T07:30:56.000008Z",
+        "time": "2026-11-28T07:30:56.000000Z",
         "latency_us": 250, "namespace": "ml", "model": "iris", "version": "1", "digest": "0" * 64,
         "provider": "CPUExecutionProvider", "runtime": "onnxruntime 1", "outcome": "ok", "request_id": "r7",
         "event_id": None, "entity": 'a"\\\n\u00e9', "caller": None, "error": None, "inputs": "\\x00ff",
@@ -144,7 +145,7 @@ def test_tensors_that_are_strided_come_back() -> None:
 
 @pytest.mark.parametrize("blob", [b"", b"\x05\x00\x00\x00[", b"\x02\x00\x00\x00[]x", b"\x04\x00\x00\x00null"])
 def test_what_is_no_tensors_is_refused(blob: bytes) -> None:
-    with pytest.raises(ValueError, match="tensors|left"):
+    with pytest.raises(ValueError, match=r"tensors|left"):
         unpack(blob)
 
 

@@ -4,10 +4,10 @@ Each process that writes is a writer with a name of its own (32 hex digits), and
 
     hash(row) = SHA-256(hash(row before) ‖ canonical(row)),    hash(row 0) = SHA-256("phoenix audit chain" ‖ writer)
 
-`canonical` is the row as a JSON object in UTF-8, without spaces: every column of `predictions` but `hash`, in the order
-of `AuditRow`. Moments are in UTC with six digits after the second (`2026-11-28T07:31:24.869988Z`), bytes are `\\\\x` and
-lower-case hex digits, in strings only `"`, `\\` and control characters are escaped. It is also the form in which rows
-go to PostgreSQL, so that each is written once; and who knows the table can compute the chain in any language.
+`canonical` is the row as a JSON object in UTF-8, without spaces: every column of `predictions` but `hash`, in the
+order of `AuditRow`. Moments are in UTC with six digits after the second (`2026-11-28T07:31:24.869988Z`), bytes are
+`\\x` and lower-case hex digits, in strings only `"`, `\\` and control characters are escaped. It is also the form in
+which rows go to PostgreSQL, so each is written once; who knows the table can compute the chain in any language.
 """
 
 import hashlib
@@ -56,7 +56,7 @@ class AuditRow(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """How far a chain has come: the last row's number and hash. `is_pruned`: rows up to it were dropped by retention."""
+    """How far a chain has come: the last row's number and hash. `is_pruned`: retention dropped the rows up to it."""
 
     writer: str
     sequence: int

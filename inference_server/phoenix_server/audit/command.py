@@ -1,7 +1,7 @@
 """`phoenix-server migrate`, `audit verify` and `audit replay`: what they print and how they end.
 
-Exit codes: 0 all is well; 3 something differs (a broken chain, a replay that is not identical); 4 it could not be looked
-at (no database, no such prediction, no such model).
+Exit codes: 0 all is well; 3 something differs (a broken chain, a replay that is not identical); 4 it could not be
+looked at (no database, no such prediction, no such model).
 """
 
 import asyncio
@@ -54,8 +54,8 @@ def verify(settings: Settings, heads: list[Head]) -> int:
                     print(f"{verdict.writer}  {verdict.rows} rows  ok")
                 else:
                     broken += 1
-                    fault = verdict.fault
-                    print(f"{verdict.writer}  {verdict.rows} rows  BROKEN at row {fault.writer}-{fault.sequence}: {fault.text}")
+                    at = f"{verdict.fault.writer}-{verdict.fault.sequence}"
+                    print(f"{verdict.writer}  {verdict.rows} rows  BROKEN at row {at}: {verdict.fault.text}")
     except DatabaseError as error:
         return _cannot(error.message)
     print(f"{chains} chains, {total} rows verified, {broken} broken")
@@ -108,5 +108,3 @@ def _known(link: Link) -> None:
 def _cannot(text: str) -> int:
     print(text, file=sys.stderr)
     return CANNOT_LOOK
-
-

@@ -35,7 +35,15 @@ def ensure(link: Link) -> bool:
     with contextlib.suppress(DatabaseError):
         if version(link) == VERSION:
             return False
-    return migrate(link)
+    try:
+        return migrate(link)
+    except DatabaseError as error:
+        if "permission denied" not in error.message:
+            raise
+        raise DatabaseError(
+            f"{error.message}: the login may not migrate; run `phoenix-server migrate` with the owner's, and "
+            "PHOENIX_DATABASE_LOGIN set to this one"
+        ) from None
 
 
 def version(link: Link) -> str | None:
@@ -95,7 +103,10 @@ def maintain(link: Link, now: datetime) -> list[str]:
 def _version(connection: Connection, database: Database) -> str | None:
     if not inspect(connection).has_table("schema_version", schema=database.schema):
         return None
-    return connection.scalar(text(f"SELECT version_num FROM {_name(database, connection, 'schema_version')}"))
+    found: str | None = connection.scalar(
+        text(f"SELECT version_num FROM {_name(database, connection, 'schema_version')}")
+    )
+    return found
 
 
 def _upgrade(connection: Connection, database: Database, before: str | None) -> None:
@@ -133,7 +144,9 @@ def _become_owner(connection: Connection, database: Database) -> str | None:
     quote = connection.dialect.identifier_preparer.quote_identifier
     if row is None:
         if schema is None:
-            raise DatabaseError(f"{database.place}: the login's search_path names no schema; set PHOENIX_DATABASE_SCHEMA")
+            raise DatabaseError(
+                f"{database.place}: the login's search_path names no schema; set PHOENIX_DATABASE_SCHEMA"
+            )
         connection.execute(text(f"CREATE SCHEMA {quote(schema)}"))
         return None
     login, owner, may = row
@@ -191,7 +204,7 @@ def _note_pruned(connection: Connection, database: Database, table: str, where: 
         f"INSERT INTO {chains} (writer, sequence, is_pruned, hash, time) "
         f"SELECT p.writer, p.sequence, true, p.hash, p.written FROM {table} p JOIN "
         f"(SELECT writer, max(sequence) AS sequence FROM {table} {where} GROUP BY writer) l "
-        f"ON l.writer = p.writer AND l.sequence = p.sequence ON CONFLICT DO NOTHING"
+        f"ON l.writer = p.writer AND l.sequence = p.sequence WHERE true ON CONFLICT DO NOTHING"
     )
     connection.execute(statement, {"month": month} if where else {})
 

@@ -73,7 +73,8 @@ class Relay:
         try:
             while True:
                 try:
-                    link = link or await asyncio.to_thread(store.database.connect)
+                    if link is None:
+                        link = await asyncio.to_thread(store.database.connect)
                     while await self._one_batch(store, link):
                         if now() > next_count:
                             break

@@ -92,7 +92,6 @@ class Replay:
 
     async def _load(self, row: AuditRow, facts: ModelFacts | None) -> Engine:
 
-
         if facts is None:
             raise ModelLoadError(
                 Reason.NOT_FOUND, f"the table models has no {row.model} version {row.version} with digest {row.digest}"
@@ -129,7 +128,8 @@ def _sizes(rows: int, most_rows: int) -> Iterable[int]:
 
 def _filled(array: Array, rows: int) -> Array:
     """Return the rows of an array, again and again up to that many."""
-    return np.take(array, np.arange(rows) % array.shape[0], axis=0)
+    filled: Array = array[np.arange(rows) % array.shape[0]]
+    return filled
 
 
 def _difference(logged: list[tuple[str, Array]], outputs: Iterable[Array]) -> str | None:

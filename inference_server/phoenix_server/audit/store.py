@@ -13,7 +13,7 @@ from datetime import datetime
 from typing import Any
 
 import orjson
-from sqlalchemy import Connection, Table, bindparam, delete, func, insert, literal, select, text, update
+from sqlalchemy import Connection, Table, bindparam, delete, func, insert, literal, select, update
 from sqlalchemy.dialects.postgresql import insert as insert_postgresql
 from sqlalchemy.dialects.sqlite import insert as insert_sqlite
 
@@ -59,7 +59,9 @@ class Store:
             if self.database.is_sqlite:
                 with connection.begin():
                     if rows:
-                        connection.execute(insert(self._tables.predictions), [_as_values(row.row, row.hash) for row in rows])
+                        connection.execute(
+                            insert(self._tables.predictions), [_as_values(row.row, row.hash) for row in rows]
+                        )
                     if events:
                         connection.execute(insert(self._tables.outbox), [_event_values(e, rows) for e in events])
                 return
@@ -140,7 +142,7 @@ class Store:
     def heads(self, connection: Connection, writer: str) -> list[Head]:
         """Return the heads that the database knows of a chain."""
         columns = self._tables.chains.c
-        rows = connection.execute(select(columns).where(columns.writer == writer))
+        rows = connection.execute(select(self._tables.chains).where(columns.writer == writer))
         return [Head(row.writer, row.sequence, row.hash, row.is_pruned) for row in rows]
 
     def chain(self, connection: Connection, writer: str) -> Iterator[tuple[AuditRow, bytes]]:
@@ -177,7 +179,7 @@ class Store:
         columns = self._tables.models.c
         is_it = (columns.namespace == row.namespace, columns.name == row.model, columns.version == row.version,
                  columns.digest == row.digest)  # fmt: skip
-        found = connection.execute(select(columns).where(*is_it)).one_or_none()
+        found = connection.execute(select(self._tables.models).where(*is_it)).one_or_none()
         return None if found is None else ModelFacts(*(getattr(found, name) for name in ModelFacts.__slots__))
 
     def _one_statement(self, *, with_events: bool) -> str:

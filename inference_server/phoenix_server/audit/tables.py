@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import lru_cache
+from typing import Any
 
 from sqlalchemy import BigInteger, Boolean, Column, DateTime, Dialect, Integer, LargeBinary, MetaData, Table, Text
 from sqlalchemy.types import TypeDecorator, TypeEngine
@@ -17,9 +18,10 @@ class Moment(TypeDecorator[datetime]):
     impl = DateTime
     cache_ok = True
 
-    def load_dialect_impl(self, dialect: Dialect) -> TypeEngine[object]:
+    def load_dialect_impl(self, dialect: Dialect) -> TypeEngine[Any]:
         """Return the type of that database."""
-        return dialect.type_descriptor(DateTime(timezone=True) if dialect.name == "postgresql" else Text())
+        kind: TypeEngine[Any] = DateTime(timezone=True) if dialect.name == "postgresql" else Text()
+        return dialect.type_descriptor(kind)
 
     def process_bind_param(self, value: datetime | None, dialect: Dialect) -> object:
         """Return what is stored."""

@@ -1,9 +1,9 @@
 """Tensors as one value of a row, and back, bit for bit.
 
 The form: the size of the header in bytes (4 bytes, little-endian), the header, and the data of each tensor one after
-the other. The header is JSON: a list of `{"name", "datatype", "shape", "size"}`, `size` in bytes. Numbers are in C order,
-little-endian; a BYTES element is its length (4 bytes, little-endian) and its UTF-8, as in the binary tensor extension
-of the Open Inference Protocol.
+the other. The header is JSON: a list of `{"name", "datatype", "shape", "size"}`, `size` in bytes. Numbers are in C
+order, little-endian; a BYTES element is its length (4 bytes, little-endian) and its UTF-8, as in the binary tensor
+extension of the Open Inference Protocol.
 """
 
 import json

@@ -93,7 +93,9 @@ class Writer:
         if len(self._durable) >= self._settings.audit_queue_rows:
             raise self._unavailable("too many predictions wait for it")
         if record.event is not None and self.is_outbox_full:
-            raise self._unavailable(f"the outbox holds {self._settings.audit_outbox_rows} events that are not delivered")
+            raise self._unavailable(
+                f"the outbox holds {self._settings.audit_outbox_rows} events that are not delivered"
+            )
         record.answered = self._loop.create_future()
         record.deadline_s = time.monotonic() + self._settings.audit_deadline_seconds
         self._durable.add(record)
@@ -110,9 +112,7 @@ class Writer:
         self._is_stopping = True
         self._urgent.set()
         self._wake.set()
-        end = time.monotonic() + _DRAIN_S
-        while self._thread.is_alive() and time.monotonic() < end:
-            await asyncio.sleep(0.01)
+        await asyncio.to_thread(self._thread.join, _DRAIN_S)
         if self._thread.is_alive() and self._link is not None:
             self._link.abort()
         self._watching.cancel()

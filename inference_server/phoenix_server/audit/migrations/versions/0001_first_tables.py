@@ -3,6 +3,8 @@
 Audit rows are never changed: triggers say so to the owner too, whom grants do not bind.
 """
 
+from typing import Any
+
 import sqlalchemy as sa
 from alembic import context, op
 
@@ -14,7 +16,7 @@ def upgrade() -> None:
     """Make everything."""
     schema = context.config.attributes["schema"]
     is_postgresql = op.get_bind().dialect.name == "postgresql"
-    moment: sa.types.TypeEngine[object] = sa.DateTime(timezone=True) if is_postgresql else sa.Text()
+    moment: sa.types.TypeEngine[Any] = sa.DateTime(timezone=True) if is_postgresql else sa.Text()
     op.create_table(
         "models",
         *(sa.Column(name, sa.Text, primary_key=True) for name in ("namespace", "name", "version", "digest")),
