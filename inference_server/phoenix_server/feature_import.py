@@ -287,9 +287,10 @@ def _write(table: _Table, plan: FeaturePlan, address: RedisAddress, ca_file: Pat
                     pipeline.execute()
                 written += len(block)
     except (redis.RedisError, OSError) as error:
+        cause = address.without_password(str(error))[:300] or type(error).__name__
         raise FeatureImportError(
             NO_REDIS,
-            f"{address}: {str(error)[:300] or type(error).__name__}; {written} rows were written before. "
+            f"{address}: {cause}; {written} rows were written before. "
             "Run the import again: it starts from the beginning and does no harm",
         ) from None
     return time.perf_counter() - started

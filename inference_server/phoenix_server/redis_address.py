@@ -24,6 +24,10 @@ class RedisAddress:
         host = f"[{self.host}]" if ":" in self.host else self.host
         return f"{'rediss' if self.is_tls else 'redis'}://{host}:{self.port}/{self.database}"
 
+    def without_password(self, text: str) -> str:
+        """Return what a server said without the password, which some servers quote when they refuse it."""
+        return text.replace(self.password, "***") if self.password else text
+
 
 def parse_redis_url(url: str) -> RedisAddress:
     """Return the address in a URL; raise `ValueError`, which never quotes the URL, for any other text."""

@@ -74,7 +74,7 @@ class Fields:
 class Commands:
     """Commands that leave together: RESP, how many they are, and the elements of each reply (0: one line)."""
 
-    payload: bytes
+    payload: bytes = field(repr=False)  # may hold a login
     count: int
     width: int
 
@@ -152,31 +152,30 @@ class _Connection(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         if self._cause:
             return
-        reader, waiting = self._reader, self._asked
+        gets, found = self._reader.gets, []
         try:
-            reader.feed(data)
-            while (reply := reader.gets()) is not _INCOMPLETE:
-                if not waiting:
-                    return self.close("Redis sent a reply that nothing asked for")
-                asked = waiting[0]
-                commands, replies = asked.commands, asked.replies
-                if type(reply) is list:
-                    is_expected = len(reply) == commands.width != _STATUS
-                else:
-                    is_expected = (type(reply) is bytes and commands.width == _STATUS) or isinstance(
-                        reply, hiredis.ReplyError
-                    )
-                if not is_expected:
-                    return self.close("Redis sent a reply of another form than was asked for")
-                replies.append(reply)
-                if len(replies) == commands.count:
-                    waiting.popleft()
-                    self._in_flight -= commands.count
-                    self.is_useful |= commands.width != _STATUS
-                    if not asked.future.done():  # else its caller has gone
-                        asked.future.set_result(asked.replies)
+            self._reader.feed(data)
+            while (reply := gets()) is not _INCOMPLETE:
+                found.append(reply)
         except hiredis.HiredisError:
-            self.close("what answers does not speak Redis' protocol")
+            return self.close("what answers does not speak Redis' protocol")
+        begin, asked = 0, self._asked
+        while begin < len(found):
+            if not asked:
+                return self.close("Redis sent a reply that nothing asked for")
+            first = asked[0]
+            commands = first.commands
+            part = found[begin : begin + commands.count - len(first.replies)]
+            if not _is_answer(part, commands.width):
+                return self.close("Redis sent a reply of another form than was asked for")
+            begin += len(part)
+            first.replies += part
+            if len(first.replies) == commands.count:
+                asked.popleft()
+                self._in_flight -= commands.count
+                self.is_useful |= commands.width != _STATUS
+                if not first.future.done():  # else its caller has gone
+                    first.future.set_result(first.replies)
 
     # -----------------------------------------------------------------------------------------------------------------
 
@@ -199,6 +198,17 @@ class _Connection(asyncio.Protocol):
         else:
             self.is_late = True
             self.close(f"Redis did not answer within {self._timeout_s:g} s")
+
+
+def _is_answer(replies: list[Any], width: int) -> bool:
+    """Whether replies have the form that was asked for: lists of `width` elements, lines, or errors."""
+    if width != _STATUS and set(map(type, replies)) == {list}:
+        return set(map(len, replies)) == {width}
+    return all(
+        isinstance(reply, hiredis.ReplyError)
+        or (type(reply) is bytes if width == _STATUS else type(reply) is list and len(reply) == width)
+        for reply in replies
+    )
 
 
 class RedisLink:
@@ -297,7 +307,7 @@ class RedisLink:
                 self._connection = connection
                 self._attempt.set()
                 cause = await self._watch(connection)
-                _log.info("connection to Redis lost", extra={"cause": cause})
+                _log.debug("connection to Redis lost", extra={"cause": cause})
                 if connection.is_late:
                     self._give_up(cause)
                 elif connection.is_useful or loop.time() - started > _STABLE_S:
@@ -351,7 +361,7 @@ class RedisLink:
     async def _expect_ok(self, connection: _Connection, words: tuple[Any, ...], what: str) -> None:
         (reply,) = await connection.ask(Commands(hiredis.pack_command(words), 1, _STATUS))
         if not isinstance(reply, bytes):
-            raise RedisUnavailable(f"Redis refuses {what}: {str(reply)[:200]}")
+            raise RedisUnavailable(f"Redis refuses {what}: {self._address.without_password(str(reply))[:200]}")
 
     async def _try(self, connection: _Connection) -> None:
         """Ask the probe, and tell the state what came."""

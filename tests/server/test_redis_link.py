@@ -219,6 +219,28 @@ def test_more_than_may_wait_is_refused_at_once() -> None:
     run(work())
 
 
+def test_a_server_that_quotes_the_login_does_not_spread_it() -> None:
+    """What a Redis without the command AUTH says: all that it was sent."""
+    seen: list[bytes] = []
+
+    async def answer(data: bytes, writer: asyncio.StreamWriter) -> None:
+        seen.append(data)
+        writer.write(b"-ERR unknown command 'AUTH', with args beginning with: 'fraud' 'hunter2'\r\n")
+
+    async def work() -> None:
+        state = BindingState("redis")
+        async with server.running():
+            address = RedisAddress("127.0.0.1", server.port, "fraud", "hunter2")
+            async with RedisLink(address, state, timeout_s=5, ca_file=None):
+                await until(lambda: state.is_up is False)
+        assert b"hunter2" in seen[0]
+        assert "Redis refuses the login: ERR unknown command 'AUTH'" in state.error
+        assert "hunter2" not in state.error
+
+    server = Answering(answer)
+    run(work())
+
+
 def test_ending_the_link_answers_who_waits() -> None:
     async def answer(data: bytes, writer: asyncio.StreamWriter) -> None:
         pass
