@@ -116,11 +116,6 @@ bench-peers: $(DEV) ## The same with MLServer and KServe, each in its own enviro
 	$(SYNC) --extra server --extra operator --group dev --group bench
 	$(BIN)/python benchmarks/peers.py $(BENCH_ARGS)
 
-.PHONY: bench-features
-bench-features: $(DEV) ## Measure what online features from a real Redis cost a request
-	$(SYNC) --extra server --extra operator --group dev --group bench
-	$(BIN)/python benchmarks/features_bench.py $(BENCH_ARGS)
-
 .PHONY: bench-operator
 bench-operator: $(DEV) ## Measure what 1,000 models cost the operator, on a real API server without nodes
 	$(SYNC) --extra server --extra operator --group dev --group bench
