@@ -65,6 +65,11 @@ test-services: $(DEV) ## Run the tests on a real Redis, PostgreSQL and Kafka
 test-cluster: $(DEV) ## Run the tests on a real Kubernetes
 	PHOENIX_REQUIRE=cluster $(BIN)/pytest -m "cluster or images"
 
+KILLS ?= 50
+.PHONY: zero-loss
+zero-loss: $(DEV) ## Kill servers, broker and relays at random under load (KILLS=50), then count everything
+	$(BIN)/python tests/faults/zero_loss.py --kills $(KILLS) $(if $(SEED),--seed $(SEED))
+
 .PHONY: lint
 lint: $(DEV) ## Style, types, import rules, generated files
 	$(BIN)/ruff check .
@@ -110,11 +115,6 @@ bench: $(DEV) ## Measure speed and memory against a naive endpoint and raw onnxr
 bench-peers: $(DEV) ## The same with MLServer and KServe, each in its own environment
 	$(SYNC) --extra server --extra operator --group dev --group bench
 	$(BIN)/python benchmarks/peers.py $(BENCH_ARGS)
-
-.PHONY: bench-features
-bench-features: $(DEV) ## Measure what online features from a real Redis cost a request
-	$(SYNC) --extra server --extra operator --group dev --group bench
-	$(BIN)/python benchmarks/features_bench.py $(BENCH_ARGS)
 
 .PHONY: bench-operator
 bench-operator: $(DEV) ## Measure what 1,000 models cost the operator, on a real API server without nodes

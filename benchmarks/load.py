@@ -24,6 +24,7 @@ from pathlib import Path
 from processes import BenchError
 
 _TIMEOUT_S = 60.0
+_SHARES = (0.50, 0.95, 0.99)
 _LUA = Path(__file__).with_name("post.lua")
 
 
@@ -52,6 +53,7 @@ class Load:
     requests: int
     seconds: float
     p50_ms: float
+    p95_ms: float
     p99_ms: float
 
     @property
@@ -101,7 +103,8 @@ def parse_wrk(output: str) -> Load:
     result = json.loads(found[1])
     if result["failed"] or not result["requests"]:
         raise BenchError(f"{result['failed']} requests failed, {result['requests']} were answered:\n{output}")
-    return Load(result["requests"], result["us"] / 1e6, result["p50_us"] / 1e3, result["p99_us"] / 1e3)
+    p50_ms, p95_ms, p99_ms = (result[f"p{share}_us"] / 1e3 for share in (50, 95, 99))
+    return Load(result["requests"], result["us"] / 1e6, p50_ms, p95_ms, p99_ms)
 
 
 def grpc(port: int, method: str, message: bytes, *, answer_size: int, streams: int, seconds: float) -> Load:
@@ -139,7 +142,7 @@ def parse_h2load(output: str, log: str, *, answer_size: int) -> Load:
         raise BenchError(f"{done} answers of {answer_size + 5} bytes expected, {data[1]} bytes came:\n{output}")
     times_ms = sorted(int(line.split()[2]) / 1e3 for line in log.splitlines() if line)
     seconds = float(finished[1]) / (1e3 if finished[2] == "ms" else 1)
-    return Load(done, seconds, percentile(times_ms, 0.50), percentile(times_ms, 0.99))
+    return Load(done, seconds, *(percentile(times_ms, share) for share in _SHARES))
 
 
 def _run(command: list[str], seconds: float) -> str:
@@ -240,7 +243,7 @@ def _load(tally: _Tally, seconds: float) -> Load:
     if tally.failures or not tally.times_ms:
         raise BenchError(f"{len(tally.failures)} requests failed, the first: {(tally.failures or ['no answer'])[0]}")
     times_ms = sorted(tally.times_ms)
-    return Load(len(times_ms), seconds, percentile(times_ms, 0.50), percentile(times_ms, 0.99))
+    return Load(len(times_ms), seconds, *(percentile(times_ms, share) for share in _SHARES))
 
 
 def storm(port: int, request: HttpRequest, *, connections: int) -> float:

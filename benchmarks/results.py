@@ -21,7 +21,9 @@ from scenarios import SCENARIOS, TARGETS, Figures, Target
 UNITS = {
     "rps": "requests/s",
     "p50_ms": "p50 ms",
+    "p95_ms": "p95 ms",
     "p99_ms": "p99 ms",
+    "lost": "events or rows lost",
     "cpu_us": "CPU µs/request",
     "storm_ms": "all answered after ms",
     "refused_ms": "413 after ms (worst)",
@@ -34,7 +36,9 @@ UNITS = {
     "rss_mb": "RSS MB",
 }
 TITLES = {"phoenix": "Phoenix", "grpcio": "Phoenix on grpc.aio", "naive": "FastAPI endpoint", "raw": "in process",
-          "mlserver": "MLServer", "kserve": "KServe"}  # fmt: skip
+          "mlserver": "MLServer", "kserve": "KServe", "features": "with features from Redis",
+          "events": "with events to Kafka", "best-effort": "with BestEffort audit", "durable": "with Durable audit",
+          "async": "Phoenix"}  # fmt: skip
 _PACKAGES = ("onnxruntime", "numpy", "uvicorn", "uvloop", "httptools", "fastapi", "pydantic", "orjson", "pysimdjson",
              "grpcio", "pygrpc-native")  # fmt: skip
 
@@ -63,9 +67,13 @@ class Outcome:
 
     def of_target(self, target: Target) -> list[float]:
         """Return what a target looks at, round by round."""
-        if target.over is None:
-            return self.values(target.scenario, "phoenix", target.figure)
-        return self.ratios(target.scenario, "phoenix", target.over, target.figure)
+        if target.over is not None:
+            return self.ratios(target.scenario, target.subject, target.over, target.figure)
+        values = self.values(target.scenario, target.subject, target.figure)
+        if target.beyond is None:
+            return values
+        less = self.values(target.scenario, target.beyond, target.figure)
+        return [above - below for above, below in zip(values, less, strict=False)]
 
 
 def tables(outcome: Outcome) -> list[Table]:
@@ -113,8 +121,9 @@ def _targets(outcome: Outcome) -> Table:
 def _words(target: Target) -> str:
     title = next(scenario.title for scenario in SCENARIOS if scenario.key == target.scenario)
     bound = f">= {number(target.at_least)}" if target.at_least is not None else f"<= {number(target.at_most or 0)}"
-    over = f" x {title_of(target.over)}" if target.over else ""
-    return f"{title}: {UNITS[target.figure]} {bound}{over}"
+    over = f" x {title_of(target.over)}" if target.over else f" + {title_of(target.beyond)}" if target.beyond else ""
+    who = "" if target.subject in ("phoenix", "async") else f", {title_of(target.subject)}"
+    return f"{title}{who}: {UNITS[target.figure]} {bound}{over}"
 
 
 def title_of(subject: str) -> str:

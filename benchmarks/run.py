@@ -16,13 +16,14 @@ from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
+from bindings import Services, bound_subjects
 from load import generators
 from processes import BenchError, Cores, choose_cores, on_core
 from results import Outcome, quietness, tables, title_of, write
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
-from scenarios import GROUPS, SCENARIOS, Bench, Scenario, check, cold_start, measure
+from scenarios import BINDINGS, GROUPS, SCENARIOS, Bench, Scenario, check, cold_start, measure
 from subjects import ROOT, SUBJECTS, Fleet, Subject
 from workloads import Workload, prepare
 
@@ -32,13 +33,15 @@ _QUIET_S = 0.2
 def read_options(description: str, arguments: list[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--only", metavar="GROUPS", help=f"of {', '.join(GROUPS)}; separated by commas")
+    parser.add_argument(
+        "--only", metavar="GROUPS", help=f"of {', '.join(GROUPS)}; separated by commas; default all but {BINDINGS}"
+    )
     parser.add_argument("--rounds", type=int, default=3, help="how often each measurement is repeated (default 3)")
     parser.add_argument("--seconds", type=float, default=5.0, help="length of each measurement (default 5)")
     parser.add_argument("--quick", action="store_true", help="one round of one second: does the bench work?")
     parser.add_argument("--output", type=Path, default=Path(__file__).with_name("results"), help="folder for results")
     options = parser.parse_args(arguments)
-    options.groups = tuple(options.only.split(",")) if options.only else GROUPS
+    options.groups = tuple(options.only.split(",")) if options.only else tuple(g for g in GROUPS if g != BINDINGS)
     if unknown := set(options.groups) - set(GROUPS):
         parser.error(f"unknown group {', '.join(sorted(unknown))}; known: {', '.join(GROUPS)}")
     if options.rounds < 1 or options.seconds < 1:
@@ -121,7 +124,9 @@ def run(options: argparse.Namespace, subjects: list[Subject], console: Console) 
     with tempfile.TemporaryDirectory(prefix="phoenix-bench-") as name, on_core(cores.load):
         folder = Path(name)
         workloads = prepare(folder)
-        bench = Bench(Fleet(subjects, folder, cores.server), folder, cores.server, options.seconds)
+        services = Services(folder)
+        fleet = Fleet([*subjects, *bound_subjects(services)], folder, cores.server)
+        bench = Bench(fleet, folder, cores.server, options.seconds, services)
         columns = (BarColumn(20), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
         with closing(bench), Progress(*columns, console=console, transient=True) as progress:
             _Run(options, bench, workloads, outcome, progress, progress.add_task("", total=None)).all()

@@ -10,8 +10,10 @@ from functools import cached_property, partial
 from pathlib import Path
 
 import load
+from bindings import Services, lost, settle
 from processes import BenchError
 from raw import RawWorker
+from records import records_per_s
 from subjects import Fleet, Running
 from workloads import GRPC_METHOD, Array, Form, Workload, check_grpc, check_http, right_answer
 
@@ -20,6 +22,7 @@ Measure = Callable[["Bench", str, Workload], Figures]
 REFUSED_BYTES = 100_000_000
 STORM_CONNECTIONS = 256
 _REFUSE_EVERY_S = 0.1
+_RECORDS_PER_S = 5_000
 
 
 @dataclass
@@ -30,6 +33,7 @@ class Bench:
     folder: Path
     server_core: int
     seconds: float
+    services: Services
 
     @cached_property
     def raw(self) -> RawWorker:
@@ -39,6 +43,7 @@ class Bench:
     def close(self) -> None:
         """Stop everything."""
         self.fleet.stop_all()
+        self.services.close()
         if "raw" in self.__dict__:
             self.raw.close()
 
@@ -63,10 +68,30 @@ class Scenario:
 
 def rest(bench: Bench, subject: str, workload: Workload, *, form: Form, connections: int) -> Figures:
     """Measure a REST endpoint in a closed loop."""
-    server, request = bench.fleet.server(subject, workload), workload.request(form)
+    server, request = bench.fleet.server(subject, workload), bench.fleet.request(subject, workload, form)
     return _with_cpu(
         server, lambda: load.http(server.http_port, request, connections=connections, seconds=bench.seconds)
     )
+
+
+def bound(bench: Bench, subject: str, workload: Workload, *, form: Form, connections: int) -> Figures:
+    """Measure a REST endpoint that has something to do beside; `lost` is how many events or rows it gave up."""
+    server = bench.fleet.server(subject, workload)
+    settle(server)
+    before = lost(server)
+    figures = rest(bench, subject, workload, form=form, connections=connections)
+    settle(server)
+    return figures | {"lost": lost(server) - before}
+
+
+def records(bench: Bench, subject: str, workload: Workload) -> Figures:
+    """Measure asynchronous inference; as many requests as the target takes in the time."""
+    server = bench.fleet.server(subject, workload)
+    settle(server)
+    count, before_s = int(_RECORDS_PER_S * bench.seconds), server.process.cpu_s()
+    rate = records_per_s(bench.services, workload, bench.right(workload), count=count)
+    server.process.check_alive()
+    return {"rps": rate, "cpu_us": (server.process.cpu_s() - before_s) / count * 1e6}
 
 
 def grpc(bench: Bench, subject: str, workload: Workload, *, streams: int) -> Figures:
@@ -86,7 +111,8 @@ def _with_cpu(server: Running, run: Callable[[], load.Load]) -> Figures:
     seen = run()
     cpu_s = server.process.cpu_s() - before_s
     server.process.check_alive()
-    return {"rps": seen.rps, "p50_ms": seen.p50_ms, "p99_ms": seen.p99_ms, "cpu_us": cpu_s / seen.requests * 1e6}
+    return {"rps": seen.rps, "p50_ms": seen.p50_ms, "p95_ms": seen.p95_ms, "p99_ms": seen.p99_ms,
+            "cpu_us": cpu_s / seen.requests * 1e6}  # fmt: skip
 
 
 def in_process(bench: Bench, subject: str, workload: Workload) -> Figures:
@@ -150,13 +176,14 @@ def cold_start(bench: Bench, subject: str, workload: Workload) -> Figures:
 
 def check(bench: Bench, scenario: Scenario, subject: str, workload: Workload) -> None:
     """Compare one answer of a server with ONNX Runtime's in process, bit for bit."""
-    if subject.startswith("raw") or scenario.measure is cold_start:
+    if subject.startswith("raw") or scenario.measure in (cold_start, records):  # the latter checks every result
         return
     server = bench.fleet.server(subject, workload)
     if scenario.form == "grpc":
         check_grpc(server.grpc_port, workload.message(), bench.right(workload))
     else:
-        check_http(server.http_port, workload.request(scenario.form), bench.right(workload))
+        request = bench.fleet.request(subject, workload, scenario.form)
+        check_http(server.http_port, request, bench.right(workload))
 
 
 def measure(bench: Bench, scenario: Scenario, subject: str, workload: Workload) -> Figures:
@@ -168,6 +195,8 @@ def measure(bench: Bench, scenario: Scenario, subject: str, workload: Workload) 
     )
 
 
+# Needs Redis, PostgreSQL and Kafka, so it is measured only when it is asked for.
+BINDINGS = "bindings"
 PEERS = ("mlserver", "kserve")
 
 
@@ -175,6 +204,11 @@ def _rest(key: str, title: str, workload: str, subjects: tuple[str, ...], form: 
     verb = partial(rest, form=form, connections=connections)
     plural = "s" if connections > 1 else ""
     return Scenario(key, workload, f"{title}, {connections} connection{plural}", workload, subjects, form, verb)
+
+
+def _bound(key: str, title: str, workload: str, subjects: tuple[str, ...], connections: int) -> Scenario:
+    verb = partial(bound, form="json", connections=connections)
+    return Scenario(key, BINDINGS, title, workload, ("phoenix", *subjects), "json", verb)
 
 
 # Cold start comes first: nothing else then maps the same files, so that the memory is the server's own.
@@ -190,19 +224,30 @@ SCENARIOS = [
     _rest("mlp-rest-64", "mlp REST JSON", "mlp", ("phoenix", "naive", *PEERS, "raw", "raw@32"), "json", 64),
     _rest("resnet-binary-4", "resnet REST binary", "resnet", ("phoenix", *PEERS, "raw"), "binary", 4),
     _rest("resnet-json-4", "resnet REST JSON", "resnet", ("phoenix", "naive", *PEERS, "raw"), "json", 4),
+    _bound("bindings-1", "iris and a binding, 1 connection", "iris", ("features", "durable"), 1),
+    _bound("bindings-64", "iris and a binding, 64 connections", "iris",
+           ("features", "events", "best-effort", "durable"), 64),
+    _bound("bindings-32-rows", "iris and a binding, 32 rows, 1 connection", "iris-32", ("features",), 1),
+    Scenario("bindings-async", BINDINGS, "iris, requests from Kafka, exactly once", "iris", ("async",), "json",
+             records),
 ]  # fmt: skip
 GROUPS = tuple(dict.fromkeys(scenario.group for scenario in SCENARIOS))
 
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A bound on a figure of Phoenix, or on its ratio to the same figure of `over` in the same round."""
+    """A bound on a figure of `subject`, or on how it compares with that of another subject in the same round.
+
+    `over`: the bound is on the ratio; `beyond`: on the difference.
+    """
 
     scenario: str
     figure: str
     at_least: float | None = None
     at_most: float | None = None
     over: str | None = None
+    beyond: str | None = None
+    subject: str = "phoenix"
 
     def is_met(self, value: float) -> bool:
         """Whether `value` keeps the bound."""
@@ -222,4 +267,14 @@ TARGETS = [
     Target("cold", "ready_s", at_most=1.0),
     Target("cold", "pss_mb", at_most=90),
     Target("refuse", "refused_ms", at_most=100),
+    Target("bindings-1", "p95_ms", at_most=1, beyond="phoenix", subject="features"),
+    Target("bindings-32-rows", "p95_ms", at_most=3, beyond="phoenix", subject="features"),
+    Target("bindings-64", "rps", at_least=0.6, over="phoenix", subject="features"),
+    Target("bindings-64", "rps", at_least=0.92, over="phoenix", subject="events"),
+    Target("bindings-64", "lost", at_most=0, subject="events"),
+    Target("bindings-64", "rps", at_least=0.85, over="phoenix", subject="best-effort"),
+    Target("bindings-64", "lost", at_most=0, subject="best-effort"),
+    Target("bindings-1", "p50_ms", at_most=3, beyond="phoenix", subject="durable"),
+    Target("bindings-64", "rps", at_least=0.5, over="best-effort", subject="durable"),
+    Target("bindings-async", "rps", at_least=5_000, subject="async"),
 ]

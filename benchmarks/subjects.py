@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from load import HttpRequest
 from processes import Process, answers, free_port
 from workloads import Form, Workload
 
@@ -29,33 +30,38 @@ class Running:
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """A server under measurement. `start(workload, folder, core)` returns once it is ready."""
+    """A server under measurement. `start(workload, folder, core)` returns once it is ready.
+
+    `request` makes the HTTP request where it is not the workload's own.
+    """
 
     name: str
     title: str
     forms: frozenset[Form]
     start: Callable[[Workload, Path, int], Running]
+    request: Callable[[Workload, Form], HttpRequest] | None = None
+
+
+def phoenix(served: Path, folder: Path, core: int, settings: dict[str, str]) -> Running:
+    """Start Phoenix on the manifests in `served`; its state and log are kept in `folder`."""
+    env = {
+        "PHOENIX_HOST": "127.0.0.1", "PHOENIX_HTTP_PORT": "0", "PHOENIX_GRPC_PORT": "0", "PHOENIX_CPUS": "1",
+        "PHOENIX_STATE_DIR": str(folder / "state"), "PHOENIX_MEASURE_CAPACITY": "false", **settings,
+    }  # fmt: skip
+    command = [sys.executable, "-m", "phoenix_server", "serve", str(served)]
+    process = Process(command, core=core, log=folder / "log", env=env, cwd=ROOT)
+    try:
+        ready_s = process.wait_until(lambda: '"message": "ready"' in process.output, deadline_s=_READY_S)
+        line = next(line for line in process.output.splitlines() if '"message": "ready"' in line)
+        fields = json.loads(line)
+        return Running(process, _port(fields["rest"]), _port(fields["grpc"]), ready_s)
+    except BaseException:
+        process.stop()
+        raise
 
 
 def _phoenix(engine: str) -> Callable[[Workload, Path, int], Running]:
-    def start(workload: Workload, folder: Path, core: int) -> Running:
-        env = {
-            "PHOENIX_HOST": "127.0.0.1", "PHOENIX_HTTP_PORT": "0", "PHOENIX_GRPC_PORT": "0",
-            "PHOENIX_GRPC_ENGINE": engine, "PHOENIX_STATE_DIR": str(folder / "state"), "PHOENIX_CPUS": "1",
-            "PHOENIX_MEASURE_CAPACITY": "false",
-        }  # fmt: skip
-        command = [sys.executable, "-m", "phoenix_server", "serve", str(workload.folder)]
-        process = Process(command, core=core, log=folder / "log", env=env, cwd=ROOT)
-        try:
-            ready_s = process.wait_until(lambda: '"message": "ready"' in process.output, deadline_s=_READY_S)
-            line = next(line for line in process.output.splitlines() if '"message": "ready"' in line)
-            fields = json.loads(line)
-            return Running(process, _port(fields["rest"]), _port(fields["grpc"]), ready_s)
-        except BaseException:
-            process.stop()
-            raise
-
-    return start
+    return lambda workload, folder, core: phoenix(workload.folder, folder, core, {"PHOENIX_GRPC_ENGINE": engine})
 
 
 def _port(address: str) -> int:
@@ -102,9 +108,14 @@ class Fleet:
         """Return the subject of that name, if it takes part."""
         return self._subjects.get(name)
 
+    def request(self, subject: str, workload: Workload, form: Form) -> HttpRequest:
+        """Return the request that a subject answers."""
+        make = self._subjects[subject].request
+        return workload.request(form) if make is None else make(workload, form)
+
     def server(self, subject: str, workload: Workload) -> Running:
         """Return a subject that serves `workload`."""
-        key = subject, workload.name
+        key = subject, workload.key
         if key not in self._running:
             self._running[key] = self.start(subject, workload)
         running = self._running[key]

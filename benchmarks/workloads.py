@@ -1,6 +1,7 @@
 """The models that are served and the requests that are sent: bytes made once, answers checked bit for bit.
 
-One input of one row for each model, in the three forms of the protocol: JSON, JSON with binary tensor data, gRPC.
+One input for each model, of one row (for iris also one of 32), in the three forms of the protocol: JSON, JSON with
+binary tensor data, gRPC.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import orjson
@@ -32,11 +33,16 @@ _TIMEOUT_S = 60.0
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """One model with its request. `folder` is what Phoenix serves; `inputs` a `.npy` file with the one-row input."""
+    """One model with its request. `folder` is what Phoenix serves; `inputs` a `.npy` file with the input."""
 
     name: str
     folder: Path
     inputs: Path
+
+    @property
+    def key(self) -> str:
+        """Tells apart the workloads of one model."""
+        return self.inputs.stem
 
     @property
     def model(self) -> Path:
@@ -82,19 +88,20 @@ def prepare(folder: Path) -> dict[str, Workload]:
         "iris": np.array([[5.1, 3.5, 1.4, 0.2]], np.float32),
         "mlp": random.standard_normal((1, 256), np.float32),
         "resnet": random.standard_normal((1, 3, 224, 224), np.float32),
+        "iris-32": random.uniform(0.1, 8.0, (32, 4)).astype(np.float32),
     }
     folders = {"iris": HERE.parent / "examples" / "iris"}
     workloads = {}
-    for name, row in rows.items():
-        inputs = folder / f"{name}.npy"
+    for key, row in rows.items():
+        name, inputs = key.partition("-")[0], folder / f"{key}.npy"
         np.save(inputs, row)
-        workloads[name] = Workload(name, folders.get(name, MODELS_DIR / name), inputs)
+        workloads[key] = Workload(name, folders.get(name, MODELS_DIR / name), inputs)
     return workloads
 
 
 def right_answer(workload: Workload, raw: RawWorker, folder: Path) -> dict[str, Array]:
     """Return what ONNX Runtime in process answers: arrays by output name."""
-    file = folder / f"{workload.name}-answer.npz"
+    file = folder / f"{workload.key}-answer.npz"
     if not file.exists():
         raw.write_answer(workload.model, workload.inputs, file)
     with np.load(file) as saved:
@@ -116,7 +123,12 @@ def check_http(port: int, request: HttpRequest, right: dict[str, Array]) -> None
         raise BenchError(f"HTTP {reply.status}: {body[:500].decode(errors='replace')}")
     header_size = reply.headers.get("Inference-Header-Content-Length")
     document = json.loads(body[: int(header_size)] if header_size else body)
-    blobs, answer = body[int(header_size) :] if header_size else b"", {}
+    compare_json(document, right, body[int(header_size) :] if header_size else b"")
+
+
+def compare_json(document: dict[str, Any], right: dict[str, Array], blobs: bytes = b"") -> None:
+    """Compare an answer, whose binary tensor data are `blobs`, bit for bit; raise `BenchError` if it differs."""
+    answer = {}
     for output in document["outputs"]:
         dtype = right[output["name"]].dtype if output["name"] in right else None
         size = (output.get("parameters") or {}).get("binary_data_size")

@@ -52,15 +52,7 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument("--grpc-port", type=int, help="gRPC port (PHOENIX_GRPC_PORT)")
         command.add_argument("--model-store", type=Path, help="folder for relative URIs (PHOENIX_MODEL_STORE)")
     _add_features(commands)
-    text = "answer a file of OIP JSON requests, one a line; exit 1 if some could not be served"
-    command = commands.add_parser("replay-requests", help=text, description=text)
-    command.add_argument("requests", type=Path, metavar="FILE", help="requests, one a line; - reads standard input")
-    command.add_argument("--models", nargs="+", type=Path, required=True, metavar="PATH", help="manifests, as of serve")
-    command.add_argument("--name", help="the model to ask, where the paths have several")
-    command.add_argument("--output", type=Path, help="file for the results; else standard output")
-    command.add_argument("--dead-letters", type=Path, help="file for lines not served; else FILE.dead-letters.jsonl")
-    command.add_argument("--model-store", type=Path, help="folder for relative URIs (PHOENIX_MODEL_STORE)")
-    command.set_defaults(command=_replay_requests)
+    _add_replay(commands)
     command = commands.add_parser(
         "openapi", help="print the OpenAPI document", description="print the OpenAPI document"
     )
@@ -89,6 +81,18 @@ def _add_audit(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     which.add_argument("--last", type=int, default=0, metavar="N", help="the newest N predictions")
     command.add_argument("--model-store", type=Path, help="folder for relative URIs (PHOENIX_MODEL_STORE)")
     command.set_defaults(command=_audit, what="replay")
+
+
+def _add_replay(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    text = "answer a file of OIP JSON requests, one a line; exit 1 if some could not be served"
+    command = commands.add_parser("replay-requests", help=text, description=text)
+    command.add_argument("requests", type=Path, metavar="FILE", help="requests, one a line; - reads standard input")
+    command.add_argument("--models", nargs="+", type=Path, required=True, metavar="PATH", help="manifests, as of serve")
+    command.add_argument("--name", help="the model to ask, where the paths have several")
+    command.add_argument("--output", type=Path, help="file for the results; else standard output")
+    command.add_argument("--dead-letters", type=Path, help="file for lines not served; else FILE.dead-letters.jsonl")
+    command.add_argument("--model-store", type=Path, help="folder for relative URIs (PHOENIX_MODEL_STORE)")
+    command.set_defaults(command=_replay_requests)
 
 
 def _add_features(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:

@@ -9,7 +9,9 @@ from types import ModuleType
 import pytest
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-NAMES = ("load", "processes", "raw", "report", "results", "scenarios", "subjects", "workloads")
+NAMES = (
+    "bindings", "load", "processes", "raw", "records", "report", "results", "scenarios", "subjects", "workloads"
+)  # fmt: skip
 
 H2LOAD = """\
 finished in 2.00s, 10.00 req/s, 1.00KB/s
@@ -30,20 +32,21 @@ def bench(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, ModuleType]]:
 
 
 def test_wrk_result_is_read(bench: dict[str, ModuleType]) -> None:
-    output = 'noise\nRESULT {"requests": 500, "us": 2000000, "p50_us": 150, "p99_us": 900, "failed": 0}\n'
+    times = '"us": 2000000, "p50_us": 150, "p95_us": 400, "p99_us": 900'
+    output = f'noise\nRESULT {{"requests": 500, {times}, "failed": 0}}\n'
     seen = bench["load"].parse_wrk(output)
-    assert (seen.rps, seen.p50_ms, seen.p99_ms) == (250, 0.15, 0.9)
+    assert (seen.rps, seen.p50_ms, seen.p95_ms, seen.p99_ms) == (250, 0.15, 0.4, 0.9)
 
 
 def test_wrk_result_with_failed_requests_is_refused(bench: dict[str, ModuleType]) -> None:
-    output = 'RESULT {"requests": 500, "us": 2000000, "p50_us": 150, "p99_us": 900, "failed": 1}\n'
+    output = 'RESULT {"requests": 500, "us": 2000000, "p50_us": 150, "p95_us": 400, "p99_us": 900, "failed": 1}\n'
     with pytest.raises(bench["processes"].BenchError, match="1 requests failed"):
         bench["load"].parse_wrk(output)
 
 
 def test_h2load_result_is_read(bench: dict[str, ModuleType]) -> None:
     seen = bench["load"].parse_h2load(H2LOAD.format(data=20 * 65), LOG, answer_size=60)
-    assert (seen.rps, seen.p50_ms, seen.p99_ms) == (10, 10, 20)
+    assert (seen.rps, seen.p50_ms, seen.p95_ms, seen.p99_ms) == (10, 10, 19, 20)
 
 
 def test_h2load_result_without_messages_is_refused(bench: dict[str, ModuleType]) -> None:
@@ -62,8 +65,20 @@ def test_ratio_is_the_median_of_ratios_within_rounds(bench: dict[str, ModuleType
     assert any(row[1].startswith("10 (3 to 15)") and row[2] == "met" for row in targets.rows)
 
 
+def test_target_of_another_subject_looks_at_it_and_at_the_difference(bench: dict[str, ModuleType]) -> None:
+    outcome = bench["results"].Outcome()
+    for plain, durable in ((0.5, 2.0), (0.25, 3.25)):
+        outcome.add("bindings-1", "phoenix", {"p50_ms": plain})
+        outcome.add("bindings-1", "durable", {"p50_ms": durable})
+    target = bench["scenarios"].Target("bindings-1", "p50_ms", at_most=3, beyond="phoenix", subject="durable")
+    assert outcome.of_target(target) == [1.5, 3]
+
+
 def test_every_target_names_a_scenario_and_a_subject_of_it(bench: dict[str, ModuleType]) -> None:
     scenarios = {scenario.key: scenario for scenario in bench["scenarios"].SCENARIOS}
     for target in bench["scenarios"].TARGETS:
         assert target.figure in bench["results"].UNITS
-        assert target.over is None or target.over in scenarios[target.scenario].subjects
+        subjects = scenarios[target.scenario].subjects
+        assert target.subject in subjects
+        assert target.over is None or target.over in subjects
+        assert target.beyond is None or target.beyond in subjects
