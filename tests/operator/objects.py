@@ -10,9 +10,7 @@ from phoenix_operator.desired.bindings import asked
 from phoenix_operator.desired.deployment import template_hash
 from phoenix_operator.desired.naming import HTTP_PORT, labels, sealed
 from phoenix_operator.kinds import DEPLOYMENT, OPTIONAL, Kind, kind_of
-from phoenix_operator.observed import (
-    REVISION, TEMPLATE, BindingSeen, Loaded, Object, Observed, Pod, Subject, stamp
-)
+from phoenix_operator.observed import REVISION, TEMPLATE, BindingSeen, Loaded, Object, Observed, Pod, Subject, stamp
 from phoenix_operator.settings import Settings
 
 NAME, NAMESPACE, UID = "fraud", "ml", "0f0e0d0c-0000-4000-8000-000000000001"
