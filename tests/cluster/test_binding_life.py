@@ -10,6 +10,8 @@ from typing import Any
 import cluster as tools
 import pytest
 import redis
+from lab import state
+from lab.services import together
 from phoenix_cluster import Phoenix, model
 
 Keys = dict[str, str]
@@ -25,7 +27,7 @@ KINDS = ("redis", "kafka", "postgresql")
 def admin(phoenix: Phoenix, usual_settings: dict[str, Any]) -> Iterator[dict[str, Keys]]:
     """The services with the operator told of them; their admins' bindings by kind."""
     root, backends = tools.services(phoenix.kubectl)
-    phoenix.set_settings({**usual_settings, **backends})
+    phoenix.set_settings({**usual_settings, **backends, "bindingCheckSeconds": 5})
     yield {folder.name: {key.name: key.read_text() for key in folder.iterdir()} for folder in Path(root).iterdir()}
     phoenix.wait_for("the tests' models to be gone", lambda: not of_tests(phoenix), deadline_s=120)
     phoenix.set_settings(usual_settings)
@@ -90,6 +92,31 @@ def test_rotation_under_load_fails_no_request_and_takes_the_login_before_away(
     assert users_of(admin, bound) == {f"phx:{bound}:iris:b"}
     row = phoenix.wait_condition(bound, "iris", "BindingsReady", "True", "Bound", deadline_s=90)
     print(row["message"])
+
+
+@pytest.mark.timeout(600)
+def test_service_that_hangs_or_dies_is_told_and_comes_back_without_a_restart(phoenix: Phoenix, bound: str) -> None:
+    before = {pod["metadata"]["uid"] for pod in phoenix.pods(bound)}
+    for kind, service in together.running(state.Lab("default")).items():
+        for fault, mend in ((service.pause, service.resume), (service.kill, service.start)):
+            fault()
+            try:
+                row = phoenix.wait_condition(bound, "iris", "BindingsReady", "False", deadline_s=90)
+                assert row["reason"] == "BackendUnreachable", row
+                assert kind in row["message"], row
+                assert phoenix.get(bound, "deployment/iris")["status"]["readyReplicas"] == 2, (
+                    "readiness is the pods' own"
+                )
+                if kind != "postgresql":  # a Durable audit answers nothing that it cannot record
+                    phoenix.infer(bound)
+            finally:
+                mend()
+            phoenix.wait_condition(bound, "iris", "BindingsReady", "True", "Bound", deadline_s=120)
+            phoenix.infer(bound)
+            print(f"{kind} {fault.__name__}: {row['message']}")
+    pods = phoenix.pods(bound)
+    assert {pod["metadata"]["uid"] for pod in pods} == before
+    assert not any(row["restartCount"] for pod in pods for row in pod["status"]["containerStatuses"])
 
 
 def test_deleted_model_leaves_no_login(phoenix: Phoenix, bound: str, admin: dict[str, Keys]) -> None:

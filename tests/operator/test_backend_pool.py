@@ -37,11 +37,10 @@ async def hang(_: Backend) -> None:
     await asyncio.sleep(3600)
 
 
-def with_pool(work: Callable[[World, BackendPool], Awaitable[Any]], patch: pytest.MonkeyPatch) -> Any:
+def with_pool(work: Callable[[World, BackendPool], Awaitable[Any]]) -> Any:
     """Run work with a pool, in virtual time."""
 
     async def main() -> Any:
-        patch.setattr("phoenix_operator.backend_pool.time.monotonic", asyncio.get_running_loop().time)
         world = World(SETTINGS)
         return await work(world, world.pool)
 
@@ -52,7 +51,7 @@ def reason(error: pytest.ExceptionInfo[BackendError]) -> tuple[Reason, str]:
     return error.value.reason, error.value.message
 
 
-def test_call_that_hangs_is_ended_and_the_next_ones_do_not_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_call_that_hangs_is_ended_and_the_next_ones_do_not_wait() -> None:
     async def work(world: World, pool: BackendPool) -> None:
         now = asyncio.get_running_loop().time
         started = now()
@@ -67,10 +66,10 @@ def test_call_that_hangs_is_ended_and_the_next_ones_do_not_wait(monkeypatch: pyt
         assert await pool.call(*HOME, ping) == "redis-admin.example.com", "one finds out that it is back"
         assert await pool.call(*HOME, ping) == "redis-admin.example.com"
 
-    with_pool(work, monkeypatch)
+    with_pool(work)
 
 
-def test_one_call_finds_out_while_the_others_are_told_what_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_call_finds_out_while_the_others_are_told_what_is_known() -> None:
     async def work(world: World, pool: BackendPool) -> None:
         now = asyncio.get_running_loop().time
         with pytest.raises(BackendError):
@@ -86,10 +85,10 @@ def test_one_call_finds_out_while_the_others_are_told_what_is_known(monkeypatch:
         with pytest.raises(BackendError):
             await probe
 
-    with_pool(work, monkeypatch)
+    with_pool(work)
 
 
-def test_few_calls_at_once_go_to_a_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_few_calls_at_once_go_to_a_backend() -> None:
     async def work(world: World, pool: BackendPool) -> int:
         at_once, most = 0, 0
 
@@ -103,11 +102,11 @@ def test_few_calls_at_once_go_to_a_backend(monkeypatch: pytest.MonkeyPatch) -> N
         await asyncio.gather(*(pool.call(*HOME, count) for _ in range(50)))
         return most
 
-    assert with_pool(work, monkeypatch) == 8
+    assert with_pool(work) == 8
 
 
 @pytest.mark.parametrize("refusal", [Reason.ACCESS_DENIED, Reason.TOPIC_MISMATCH])
-def test_refusal_of_one_model_stops_no_other(refusal: Reason, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_refusal_of_one_model_stops_no_other(refusal: Reason) -> None:
     async def work(world: World, pool: BackendPool) -> None:
         async def refuse(_: Backend) -> None:
             raise BackendError(refusal, "no")
@@ -116,12 +115,10 @@ def test_refusal_of_one_model_stops_no_other(refusal: Reason, monkeypatch: pytes
             await pool.call(*HOME, refuse)
         await pool.call(*HOME, ping)
 
-    with_pool(work, monkeypatch)
+    with_pool(work)
 
 
-def test_words_of_a_client_library_are_not_repeated(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_words_of_a_client_library_are_not_repeated(caplog: pytest.LogCaptureFixture) -> None:
     async def work(world: World, pool: BackendPool) -> None:
         async def fail(_: Backend) -> None:
             raise OSError("cannot reach redis://admin:secret@x")
@@ -131,11 +128,11 @@ def test_words_of_a_client_library_are_not_repeated(
         assert caught.value.__cause__ is None
         assert "secret" not in caught.value.message
 
-    with_pool(work, monkeypatch)
+    with_pool(work)
     assert "secret" not in str([record.__dict__ for record in caplog.records])
 
 
-def test_admin_secret_is_read_again_after_a_while_and_a_changed_one_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_admin_secret_is_read_again_after_a_while_and_a_changed_one_counts() -> None:
     async def work(world: World, pool: BackendPool) -> None:
         first = await pool.get(*HOME)
         for _ in range(10):
@@ -149,10 +146,10 @@ def test_admin_secret_is_read_again_after_a_while_and_a_changed_one_counts(monke
         await asyncio.sleep(6)
         assert await pool.get(*HOME) is await pool.get(*HOME)
 
-    with_pool(work, monkeypatch)
+    with_pool(work)
 
 
-def test_admin_secret_that_cannot_be_used_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_admin_secret_that_cannot_be_used_is_named() -> None:
     async def work(world: World, pool: BackendPool) -> None:
         def refuse(_: Any) -> None:
             raise ApiError(403, "Forbidden", "no")
@@ -177,16 +174,16 @@ def test_admin_secret_that_cannot_be_used_is_named(monkeypatch: pytest.MonkeyPat
         with pytest.raises(BackendError, match="name no backend gone of kind redis"):
             await pool.call("redis", "gone", ping)
 
-    with_pool(work, monkeypatch)
+    with_pool(work)
 
 
-def test_pool_closes_what_it_has_opened(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pool_closes_what_it_has_opened() -> None:
     async def work(world: World, pool: BackendPool) -> None:
         backend = cast(MemoryBackend, await pool.get(*HOME))
         await pool.close()
         assert backend.is_closed
 
-    with_pool(work, monkeypatch)
+    with_pool(work)
 
 
 def test_service_in_memory_lets_nobody_in_with_a_wrong_password() -> None:

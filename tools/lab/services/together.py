@@ -66,6 +66,14 @@ def down(lab: Lab) -> None:
         shutil.rmtree(leftover, ignore_errors=True)
 
 
+def running(lab: Lab) -> dict[str, Service]:
+    """The three by kind, for who wants to stop one of them."""
+    facts = _facts(lab)
+    if facts is None:
+        raise LabError(f"the services of the lab {lab.name!r} are not up")
+    return {service.kind: service for service in _services(lab, facts)}
+
+
 def status(lab: Lab) -> tuple[list[str], bool]:
     """Lines for people, and whether all run."""
     facts = _facts(lab)
