@@ -237,11 +237,6 @@ def _asked_count(phoenix: Phoenix, namespace: str) -> int:
 
 NOT_YET: dict[str, Any] = {
     "spec.autoscaling": {"autoscaling": {"maxReplicas": 3, "targetLatency": "200m"}},
-    "spec.bindings": {"bindings": {"kafka": {"backend": "main"}}},
-    "spec.features": {
-        "features": {"keyTemplate": "user:{entity}", "input": "x", "names": ["a"]},
-        "bindings": {"redis": {"backend": "main"}},
-    },
     "spec.networking.rateLimit": {"networking": {"rateLimit": {"requestsPerSecond": 5}}},
 }
 
@@ -250,6 +245,13 @@ NOT_YET: dict[str, Any] = {
 def test_part_that_this_release_does_not_do_yet(phoenix: Phoenix, namespace: str, field: str) -> None:
     phoenix.apply(namespace, model(**NOT_YET[field]))
     phoenix.wait_fault(namespace, "iris", "Accepted", "NotSupportedYet", field, "remove it", is_known=True)
+    assert ours(phoenix, namespace) == []
+
+
+def test_backend_that_the_settings_do_not_name(phoenix: Phoenix, namespace: str) -> None:
+    phoenix.apply(namespace, model(bindings={"kafka": {"backend": "main"}}))
+    field = "spec.bindings.kafka.backend"
+    phoenix.wait_fault(namespace, "iris", "Accepted", "UnknownBackend", field, "got main", is_known=True)
     assert ours(phoenix, namespace) == []
 
 
