@@ -168,11 +168,12 @@ def accelerator_missing(folder: Path) -> None:
     path.write_text(json.dumps(document))
 
 
-def features_asked(folder: Path) -> None:
+def features_of_no_input(folder: Path) -> None:
     write_model(folder, times(2))
     path = write_manifest(folder)
     document = json.loads(path.read_text())
-    document["spec"]["bindings"] = {"postgres": {"backend": "default"}}
+    document["spec"]["features"] = {"keyTemplate": "user:{entity}", "input": "nothing", "names": ["age"]}
+    document["spec"]["bindings"] = {"redis": {"backend": "default"}}
     path.write_text(json.dumps(document))
 
 
@@ -191,7 +192,7 @@ FAULTS: list[tuple[Callable[[Path], None], Reason, str]] = [
     (sequence_output, Reason.INVALID_MODEL, "output 'y'"),
     (name_used_twice, Reason.INVALID_SPEC, "b.yaml"),
     (accelerator_missing, Reason.PROVIDER_UNAVAILABLE, "policy: Prefer"),
-    (features_asked, Reason.INVALID_SPEC, "spec.bindings.postgres"),
+    (features_of_no_input, Reason.INVALID_SPEC, "spec.features.input"),
 ]
 
 
