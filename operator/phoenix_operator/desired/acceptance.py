@@ -87,14 +87,16 @@ def _unknown(subject: Subject, observed: Observed, settings: Settings) -> Iterat
 
 def _unbound(subject: Subject, settings: Settings) -> Iterator[Fault]:
     for each in asked_bindings(subject):
+        if each.backend is None:
+            continue
         known = {backend.name for backend in settings.backends if backend.kind == each.kind}
-        if each.backend is not None and each.backend not in known:
+        if each.backend not in known:
             yield Fault(
                 Reason.UNKNOWN_BACKEND,
                 f"{each.field}.backend: expected a backend of kind {each.kind} of the operator's settings "
                 f"({', '.join(sorted(known)) or 'none'}), got {each.backend}",
             )
-        if each.backend is not None and each.kind == "kafka":
+        if each.kind == "kafka":
             # rights are given by prefix: a topic of another model would be open to this one
             prefix = topic_prefix(subject)
             for field, topic in topics(subject).items():

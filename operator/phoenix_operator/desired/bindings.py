@@ -89,7 +89,7 @@ def secret(subject: Subject, kind: str, values: Mapping[str, str], annotations: 
     data = {key: base64.b64encode(value.encode()).decode() for key, value in sorted(values.items())}
     body = {"type": f"{TYPE_PREFIX}{kind}", "data": data}
     name = secret_name(subject.name, kind)
-    return sealed(owned(subject, SECRET, name, body, annotations={key: text for key, text in annotations.items()}))
+    return sealed(owned(subject, SECRET, name, body, annotations=dict(annotations)))
 
 
 def values_of(secret: Object) -> dict[str, str]:
