@@ -90,6 +90,19 @@ class Phoenix:
                 raise AssertionError(f"not within {deadline_s} s: {what}; last seen: {last[:3000]}")
             time.sleep(_POLL_S)
 
+    def wait_for_no(self, what: str, check: Callable[[], list[Any]], *, deadline_s: float = 60) -> None:
+        """Call `check` until it finds nothing; fail with what it last found otherwise."""
+        found: list[Any] = []
+
+        def is_none() -> bool:
+            found[:] = check()
+            return not found
+
+        try:
+            self.wait_for(f"no {what}", is_none, deadline_s=deadline_s)
+        except AssertionError as error:
+            raise AssertionError(f"{error}; found: {str(found)[:3000]}") from None
+
     def conditions(self, namespace: str, name: str = "iris") -> dict[str, Object]:
         """Return the conditions by type, but only once they speak of the newest generation."""
         found = self.get(namespace, f"phoenixmodel/{name}")

@@ -6,6 +6,7 @@ test has a namespace of its own in which Pod Security `restricted` is enforced. 
 
 import fcntl
 import itertools
+import json
 import os
 import shutil
 import subprocess
@@ -92,6 +93,27 @@ def phoenix(pytestconfig: pytest.Config) -> Iterator[Phoenix]:
 def usual_settings() -> dict[str, Any]:
     """The operator's settings that tests find, and leave behind."""
     return dict(SETTINGS)
+
+
+@pytest.fixture(scope="module")
+def admin(
+    phoenix: Phoenix, usual_settings: dict[str, Any], request: pytest.FixtureRequest
+) -> Iterator[dict[str, dict[str, str]]]:
+    """New services, and the operator told of them; their admins' bindings by kind. SETTINGS of the module hold too."""
+    tools.lab("services", "down")
+    root, backends = tools.services(phoenix.kubectl)
+    phoenix.set_settings({**usual_settings, **backends, **getattr(request.module, "SETTINGS", {})})
+    yield {folder.name: {key.name: key.read_text() for key in folder.iterdir()} for folder in root.iterdir()}
+    phoenix.wait_for_no("model of these tests", lambda: _models(phoenix), deadline_s=120)
+    tools.apply_manifests(phoenix.kubectl)
+    phoenix.set_settings(usual_settings)
+
+
+def _models(phoenix: Phoenix) -> list[str]:
+    """The models in this session's namespaces, which are on their way out."""
+    models = json.loads(phoenix.kubectl("get", "phx", "--all-namespaces", "-o", "json"))["items"]
+    names = [model["metadata"]["namespace"] for model in models]
+    return [name for name in names if name.startswith(f"t{os.getpid()}-")]
 
 
 _numbers = itertools.count(1)

@@ -1,13 +1,8 @@
 """Rotation and deletion of a model's access, on the cluster and the real services beside it."""
 
 import base64
-import json
-import os
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
-import cluster as tools
 import pytest
 import redis
 from lab import state
@@ -21,22 +16,7 @@ BINDINGS: dict[str, Any] = {
     "postgres": {"backend": "default", "audit": {"mode": "Durable"}},
 }
 KINDS = ("redis", "kafka", "postgresql")
-
-
-@pytest.fixture(scope="module")
-def admin(phoenix: Phoenix, usual_settings: dict[str, Any]) -> Iterator[dict[str, Keys]]:
-    """The services with the operator told of them; their admins' bindings by kind."""
-    root, backends = tools.services(phoenix.kubectl)
-    phoenix.set_settings({**usual_settings, **backends, "bindingCheckSeconds": 5})
-    yield {folder.name: {key.name: key.read_text() for key in folder.iterdir()} for folder in Path(root).iterdir()}
-    phoenix.wait_for("the tests' models to be gone", lambda: not of_tests(phoenix), deadline_s=120)
-    phoenix.set_settings(usual_settings)
-
-
-def of_tests(phoenix: Phoenix) -> list[str]:
-    models = json.loads(phoenix.kubectl("get", "phx", "--all-namespaces", "-o", "json"))["items"]
-    names = [model["metadata"]["namespace"] for model in models]
-    return [name for name in names if name.startswith(f"t{os.getpid()}-")]
+SETTINGS = {"bindingCheckSeconds": 5}
 
 
 def secret(phoenix: Phoenix, namespace: str, kind: str) -> dict[str, Any]:

@@ -2,8 +2,6 @@
 
 import base64
 import json
-import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,24 +18,6 @@ FRAUD = tools.ROOT / "examples/fraud"
 EXPECTED = json.loads((FRAUD / "response.json").read_text())
 ENDS = ("predictions", "requests", "results", "dead-letters")
 Keys = dict[str, str]
-
-
-@pytest.fixture(scope="module")
-def admin(phoenix: Phoenix, usual_settings: dict[str, Any]) -> Iterator[dict[str, Keys]]:
-    """The services with the operator told of them; their admins' bindings by kind."""
-    root, backends = tools.services(phoenix.kubectl)
-    phoenix.set_settings({**usual_settings, **backends})
-    yield {folder.name: {key.name: key.read_text() for key in folder.iterdir()} for folder in Path(root).iterdir()}
-    phoenix.wait_for("the tests' models to be gone", lambda: not of_tests(phoenix), deadline_s=120)
-    tools.apply_manifests(phoenix.kubectl)
-    phoenix.set_settings(usual_settings)
-
-
-def of_tests(phoenix: Phoenix) -> list[str]:
-    """The models of this session's namespaces, which are on their way out."""
-    models = json.loads(phoenix.kubectl("get", "phx", "--all-namespaces", "-o", "json"))["items"]
-    names = [model["metadata"]["namespace"] for model in models]
-    return [name for name in names if name.startswith(f"t{os.getpid()}-")]
 
 
 def serve_fraud(phoenix: Phoenix, namespace: str) -> dict[str, Keys]:

@@ -6,6 +6,7 @@ import itertools
 import os
 import re
 import signal
+import struct
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -511,8 +512,31 @@ async def test_wrong_admin_password_is_access_denied(secure_kafka: KafkaBroker) 
     tenant = model()
     async with using(KIND, admin_of(secure_kafka, password="s3cret-wrong")) as backend:
         with refused(Reason.ACCESS_DENIED, f"kafka default at {secure_kafka.bootstrap}: the credentials of the Secret "
-                     f"{ADMIN_SECRET} are refused; correct its username and password"):  # fmt: skip
+                     f"{ADMIN_SECRET} are refused; correct its username and password (Authentication failed during "
+                     "authentication due to invalid credentials with SASL mechanism SCRAM-SHA-512)"):  # fmt: skip
             await backend.ensure(tenant, login_of(backend, tenant))
+
+
+@on_a_loop
+async def test_broker_that_ends_in_the_middle_of_a_login_has_not_refused_it() -> None:
+    async with await asyncio.start_server(_answer_versions_and_hang_up, "127.0.0.1") as server:
+        where = "{}:{}".format(*server.sockets[0].getsockname())
+        admin = {"bootstrap-servers": where, "security-protocol": "SASL_PLAINTEXT", "username": "a", "password": "b"}
+        async with using(KIND, admin, timeoutSeconds=1) as backend:
+            with refused(Reason.BACKEND_UNREACHABLE, "mechanism handshake failed: Local: Broker transport failure"):
+                await backend.ensure(tenant := model(), login_of(backend, tenant))
+
+
+async def _answer_versions_and_hang_up(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    """Say which requests are understood (ApiVersions, https://kafka.apache.org/protocol), and end at the next one."""
+    [size] = struct.unpack(">i", await reader.readexactly(4))
+    _, _, correlation = struct.unpack(">hhi", (await reader.readexactly(size))[:8])
+    metadata, handshake, versions, authenticate = (3, 0, 4), (17, 0, 1), (18, 0, 3), (36, 0, 1)
+    keys = [struct.pack(">hhhx", *key) for key in (metadata, handshake, versions, authenticate)]
+    body = struct.pack(">ihB", correlation, 0, len(keys) + 1) + b"".join(keys) + bytes(5)
+    writer.write(struct.pack(">i", len(body)) + body)
+    await reader.read(1)
+    writer.close()
 
 
 @on_a_loop

@@ -163,15 +163,17 @@ class KafkaBackend:
             raise self._unreachable(f"the Kafka client ended with code {code} and without an answer") from None
         if not answer:
             return
-        reason = Reason[answer["reason"]]
-        if reason is Reason.BACKEND_UNREACHABLE:
-            raise self._unreachable(answer["message"] or f"no answer within {timeout_s:g} s")
-        raise BackendError(reason, f"{self._where}: {answer['message'] or self._refused}")
-
-    @property
-    def _refused(self) -> str:
-        secret = self._config.admin_secret_ref.name
-        return f"the credentials of the Secret {secret} are refused; correct its username and password"
+        reason, message = answer["reason"], answer["message"]
+        if reason == "LOGIN_REFUSED":
+            secret = self._config.admin_secret_ref.name
+            raise BackendError(
+                Reason.ACCESS_DENIED,
+                f"{self._where}: the credentials of the Secret {secret} are refused; correct its username and "
+                f"password ({message})",
+            )
+        if reason == Reason.BACKEND_UNREACHABLE.name:
+            raise self._unreachable(message or f"no answer within {timeout_s:g} s")
+        raise BackendError(Reason[reason], f"{self._where}: {message}")
 
     def _unreachable(self, what: str) -> BackendError:
         return BackendError(

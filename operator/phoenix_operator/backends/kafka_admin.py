@@ -6,8 +6,8 @@ arguments and environment can be read by others. This is the only module that kn
 nothing of the project, whose packages take three times as long to load as the work takes.
 
 In: `{"client": {…}, "deadline_s": …, "work": "ensure" | "drop_logins" | "drop_data", …}`, the rest are the arguments of
-the function of that name. Out: `{}`, or `{"reason": …, "message": …}` with a member's name of `phoenix_api.Reason`;
-without a message `ACCESS_DENIED` says that the login itself is refused, `BACKEND_UNREACHABLE` that nothing came.
+the function of that name. Out: `{}`, or `{"reason": …, "message": …}` with a member's name of `phoenix_api.Reason`, or
+`LOGIN_REFUSED` with the broker's words; without a message `BACKEND_UNREACHABLE` says that nothing came.
 """
 
 import functools
@@ -56,6 +56,7 @@ _DENIED = {
 }
 # Of an error's text: how often and after how long it came, which differs each time.
 _CHATTER = re.compile(r" \((after \d+ms|\d+ identical).*\)$")
+_LOCAL = "Local: "  # librdkafka's own words, and no broker's
 # Looked for before anything else: where Describe is denied, librdkafka 2.16 aborts (SCRAM) or tells of no ACLs.
 _RIGHTS_FOR_USERS = (AclOperation.DESCRIBE, AclOperation.ALTER)
 _NOT_YET = {
@@ -89,7 +90,7 @@ class Connection:
     """The admin client of one login, until a deadline (of `time.monotonic`). Its errors are `Failure`."""
 
     def __init__(self, client: dict[str, Any], *, until: float) -> None:
-        self._until, self._trouble, self.is_refused = until, "", False
+        self._until, self._trouble, self._refusal = until, "", ""
         _KEPT.append(self)
         self.admin = AdminClient(
             {
@@ -115,8 +116,8 @@ class Connection:
         """
         while not wait([future], timeout=_POLL_S).done:
             self.admin.poll(0)  # which brings what `_on_error` is told
-            if self.is_refused:
-                raise Failure("ACCESS_DENIED", "")
+            if self._refusal:
+                raise Failure("LOGIN_REFUSED", self._refusal)
             if self.left_s <= 0:
                 raise self.silence()
         try:
@@ -152,7 +153,9 @@ class Connection:
     def _on_error(self, error: KafkaError) -> None:
         if error.code() != KafkaError._ALL_BROKERS_DOWN or not self._trouble:  # which of them, and why, came before
             self._trouble = _CHATTER.sub("", error.str())
-        self.is_refused = self.is_refused or error.code() == KafkaError._AUTHENTICATION
+        # a connection that ends while somebody logs in is called a failure to log in too
+        if error.code() == KafkaError._AUTHENTICATION and _LOCAL not in error.str():
+            self._refusal = self._trouble.rpartition(": ")[2]
 
 
 class _Silence:
@@ -256,7 +259,7 @@ def _works(connection: Connection, login: dict[str, Any]) -> bool:
     try:
         attempt.greet()
     except Failure as error:
-        if error.reason != "ACCESS_DENIED":
+        if error.reason != "LOGIN_REFUSED":
             raise
         return False
     return True
