@@ -1,15 +1,18 @@
 """Models with events and requests for tests of Kafka: their manifests, what they are asked and what came of it."""
 
+import contextlib
 import json
 import time
 import urllib.request
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import onnx
 from confluent_kafka import Consumer, Message, Producer
+from faulty_proxy import FaultyProxy, proxy_to
+from lab import machine
 from onnx import TensorProto, helper
 from phoenix_process import Running, wait_until
 from services import DEADLINE_S, KafkaBroker
@@ -79,6 +82,20 @@ def write_model(folder: Path, name: str, *, kafka: dict[str, Any] | None = None,
 def settings_of(broker: KafkaBroker, **others: str) -> dict[str, str]:
     """The environment of a server that uses that broker without logins."""
     return {"PHOENIX_KAFKA_BOOTSTRAP_SERVERS": broker.bootstrap, "PHOENIX_MEASURE_CAPACITY": "0", **others}
+
+
+@contextlib.contextmanager
+def behind_a_proxy(kafka_factory: Callable[..., KafkaBroker]) -> Iterator[tuple[KafkaBroker, FaultyProxy]]:
+    """A broker that everybody reaches through the proxy only."""
+    port = machine.free_port("127.0.0.1")
+    with proxy_to(port) as proxy:
+        yield kafka_factory(port=port, advertised_port=proxy.port), proxy
+
+
+def is_ready(server: Running) -> bool:
+    """Whether the server would be sent requests in a cluster."""
+    with urllib.request.urlopen(f"{server.rest_url}/v2/health/ready", timeout=DEADLINE_S) as response:
+        return bool(response.status == 200)
 
 
 def body(value: float, request_id: str | None = None, **parameters: Any) -> bytes:

@@ -18,8 +18,10 @@ from server.kafka_models import (
     Reader,
     Topics,
     await_state,
+    behind_a_proxy,
     binding,
     body,
+    is_ready,
     metric,
     records_of,
     send,
@@ -165,6 +167,14 @@ def test_an_overloaded_model_lets_requests_wait_and_keeps_their_order(
     assert [result_of(record)[0] for record in found] == [f"r{n}" for n in range(1000)]
 
 
+def test_requests_with_the_same_id_have_a_result_each(kafka_broker: KafkaBroker, tmp_path: Path) -> None:
+    topics = Topics("again").make(kafka_broker, partitions=1)
+    send(kafka_broker, topics.requests, [(b"k", body(number, "same")) for number in range(3)])
+    with phoenix_process.start(served(tmp_path, "again"), settings_of(kafka_broker)):
+        found = records_of(kafka_broker, topics.results, count=3)
+    assert [result_of(record) for record in found] == [("same", 0.0), ("same", 2.0), ("same", 4.0)]
+
+
 class Load:
     """Sends numbered requests of some keys until it is told to stop; order per key is the order of the numbers."""
 
@@ -262,6 +272,31 @@ def test_kills_of_the_broker_lose_and_repeat_nothing(kafka_factory: Callable[...
         reader.read_until(lambda records: len(records) >= load.sent, "all results", RECOVERY_S)
         await_state(server, "broken", up=True)
         reader.read()
+        reader.close()
+    assert_exactly_once(reader.records, topics, load)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_slow_or_hanging_broker_loses_and_repeats_nothing(
+    kafka_factory: Callable[..., KafkaBroker], tmp_path: Path
+) -> None:
+    with behind_a_proxy(kafka_factory) as (broker, proxy):
+        topics = Topics("slow").make(broker)
+        reader = Reader(broker, [topics.results, topics.dead_letters])
+        with phoenix_process.start(served(tmp_path, "slow"), settings_of(broker)) as server:
+            with Load(broker, topics.requests) as load:
+                wait_until(has_grown(reader, 50), "results", RECOVERY_S)
+                proxy.set("delay", delay_s=0.5)
+                wait_until(has_grown(reader, 50), "results of a slow broker", RECOVERY_S)
+                proxy.set("hang")
+                wait_until(lambda: binding(server, "slow")["up"] is False, "the outage to be told", RECOVERY_S)
+                assert is_ready(server)
+                proxy.set("pass")
+                wait_until(has_grown(reader, 50), "results afterwards", RECOVERY_S)
+            reader.read_until(lambda records: len(records) >= load.sent, "all results", RECOVERY_S)
+            await_state(server, "slow", up=True)
+            reader.read()
         reader.close()
     assert_exactly_once(reader.records, topics, load)
 

@@ -4,6 +4,7 @@ import contextlib
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import psycopg
@@ -231,20 +232,24 @@ def test_five_replicas_migrate_at_once(request: pytest.FixtureRequest, tmp_path:
     assert sum("migrated to" in out for out, _ in outputs) == 1
 
 
+def bind(folder: Path, server: PostgresServer, *, database: str, username: str) -> dict[str, str]:
+    """Write the service binding of a database behind TLS; the environment that names it."""
+    folder.mkdir(parents=True)
+    keys = {
+        "type": "postgresql", "host": server.host, "port": str(server.port), "database": database,
+        "username": username, "password": PASSWORD, "schema": SCHEMA,
+        "sslmode": "verify-full", "certificates": Path(str(server.authority)).read_text(),
+    }  # fmt: skip
+    for name, text in keys.items():
+        (folder / name).write_text(text)
+    return {"SERVICE_BINDING_ROOT": str(folder.parent), "PHOENIX_MEASURE_CAPACITY": "false"}
+
+
 def test_tls_is_verified(secure_postgres: PostgresServer, tmp_path: Path) -> None:
     home = PostgresHome(secure_postgres)
     binding = tmp_path / "bindings" / "postgresql"
-    binding.mkdir(parents=True)
-    authority = Path(str(secure_postgres.authority)).read_text()
-    keys = {
-        "type": "postgresql", "host": home.server.host, "port": str(home.server.port), "database": home.database,
-        "username": home.login, "password": PASSWORD, "schema": home.env["PHOENIX_DATABASE_SCHEMA"],
-        "sslmode": "verify-full", "certificates": authority,
-    }  # fmt: skip
-    for name, text in keys.items():
-        (binding / name).write_text(text)
+    env = bind(binding, secure_postgres, database=home.database, username=home.login)
     manifest = write_model(tmp_path / "iris")
-    env = {"SERVICE_BINDING_ROOT": str(binding.parent), "PHOENIX_MEASURE_CAPACITY": "false"}
     with start([manifest], env) as server:
         wait_until(lambda: infer(server, "over-tls")[0] == 200, "the audit is connected")
         with contextlib.closing(home.admin()) as admin:
@@ -259,3 +264,40 @@ def test_tls_is_verified(secure_postgres: PostgresServer, tmp_path: Path) -> Non
         wait_until(lambda: "certificate verify failed" in state(server)["error"], "the state names the cause")
         assert answers_503(server, "refused")
         assert PASSWORD not in "".join(server.stderr)
+
+
+def test_an_expired_certificate_is_not_trusted(postgres_factory: Callable[..., PostgresServer], tmp_path: Path) -> None:
+    expired = postgres_factory(is_secure=True, is_expired=True)
+    env = bind(tmp_path / "bindings" / "postgresql", expired, database="postgres", username="anybody")
+    with start([write_model(tmp_path / "iris")], env) as server:
+        wait_until(lambda: "certificate has expired" in state(server)["error"], "the state names the cause")
+        assert answers_503(server, "refused")
+        assert is_ready(server)
+        assert PASSWORD not in "".join(server.stderr)
+
+
+def test_database_killed_under_load_has_recorded_every_answer(
+    postgres_factory: Callable[..., PostgresServer], tmp_path: Path
+) -> None:
+    home = PostgresHome(postgres_factory())
+    more = {"PHOENIX_AUDIT_DEADLINE_SECONDS": "1"}
+    with serving(home, write_model(tmp_path / "iris"), **more) as server, load(server, connections=4) as answers:
+        for _ in range(3):
+            count = len(answers.of(200))
+            wait_until(lambda count=count: len(answers.of(200)) > count + 50, "answers")  # type: ignore[misc]
+            home.server.kill()
+            wait_until(lambda: state(server)["up"] is False, "the outage is known")
+            assert is_ready(server)
+            home.server.start()
+        count = len(answers.of(200))
+        wait_until(lambda: len(answers.of(200)) > count + 50, "answers again")
+    assert set(answers.of(200)) <= set(row_ids(home))
+    assert not answers.broken
+    assert set(answers.ids) == {200, 503}
+    assert cli(home, "audit", "verify").returncode == 0
+
+
+def test_requests_with_the_same_id_are_rows_of_their_own(home: PostgresHome, tmp_path: Path) -> None:
+    with serving(home, write_model(tmp_path / "iris")) as server:
+        assert [infer(server, "same")[0] for _ in range(3)] == [200] * 3
+    assert row_ids(home) == ["same"] * 3

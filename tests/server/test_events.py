@@ -22,7 +22,19 @@ from confluent_kafka.admin import (
     UserScramCredentialUpsertion,
 )
 from phoenix_process import wait_until
-from server.kafka_models import Reader, Topics, ask, await_state, metric, records_of, settings_of, write_model
+from server.kafka_models import (
+    Reader,
+    Topics,
+    ask,
+    await_state,
+    behind_a_proxy,
+    binding,
+    is_ready,
+    metric,
+    records_of,
+    settings_of,
+    write_model,
+)
 from server.test_event_format import VALIDATOR
 from services import DEADLINE_S, KafkaBroker
 
@@ -151,6 +163,40 @@ def test_a_broker_that_is_down_at_the_start_and_comes_later_gets_everything(
         wait_until(lambda: metric(server, PUBLISHED.format("late")) == 40, "all events to be published")
         await_state(server, "late", up=True)
     assert len({json.loads(r.value())["id"] for r in records_of(broker, topics.events, count=40)}) == 40
+
+
+def test_a_slow_or_hanging_broker_holds_no_answer_up_and_gets_everything(
+    kafka_factory: Callable[..., KafkaBroker], tmp_path: Path
+) -> None:
+    with behind_a_proxy(kafka_factory) as (broker, proxy):
+        topics = Topics("slow").make(broker)
+        with phoenix_process.start([write_model(tmp_path, "slow")], settings_of(broker)) as server:
+            await_state(server, "slow", up=True)
+            proxy.set("delay", delay_s=0.5)
+            for number in range(20):
+                assert ask(server, "slow", number, timeout=500_000) == 2 * number
+            wait_until(lambda: metric(server, PUBLISHED.format("slow")) == 20, "all events to be published")
+            assert binding(server, "slow")["up"] is True
+            proxy.set("hang")
+            for number in range(20):
+                assert ask(server, "slow", number, timeout=500_000) == 2 * number
+            await_state(server, "slow", up=False)
+            assert metric(server, 'phoenix_binding_up{kind="kafka",model="slow"}') == 0
+            assert is_ready(server)
+            proxy.set("pass")
+            await_state(server, "slow", up=True)
+            wait_until(lambda: metric(server, PUBLISHED.format("slow")) == 40, "all events to be published")
+        assert len({json.loads(r.value())["id"] for r in records_of(broker, topics.events, count=40)}) == 40
+
+
+def test_requests_with_the_same_id_are_events_of_their_own(kafka_broker: KafkaBroker, tmp_path: Path) -> None:
+    topics = Topics("again").make(kafka_broker)
+    with phoenix_process.start([write_model(tmp_path, "again")], settings_of(kafka_broker)) as server:
+        assert [ask(server, "again", number, "same") for number in range(3)] == [0, 2, 4]
+    events = [json.loads(record.value()) for record in records_of(kafka_broker, topics.events, count=3)]
+    assert [event["outputs"][0]["data"] for event in events] == [[0.0], [2.0], [4.0]]
+    assert {event["request_id"] for event in events} == {"same"}
+    assert len({event["id"] for event in events}) == 3
 
 
 def test_what_a_broker_that_stays_down_does_not_get_is_counted_at_the_end(
@@ -300,6 +346,16 @@ def test_a_broker_whose_certificate_nobody_knows_is_not_trusted(secure_kafka: Ka
     with phoenix_process.start([write_model(tmp_path, "strange")], settings) as server:
         await_state(server, "strange", up=False, saying="SSL")
         assert ask(server, "strange", 1) == 2
+
+
+def test_an_expired_certificate_is_not_trusted(kafka_factory: Callable[..., KafkaBroker], tmp_path: Path) -> None:
+    expired = kafka_factory(is_secure=True, is_expired=True)
+    settings = login(expired, "admin", expired.admin.password)
+    with phoenix_process.start([write_model(tmp_path, "expired")], settings) as server:
+        await_state(server, "expired", up=False, saying="certificate has expired")
+        assert ask(server, "expired", 1) == 2
+        assert is_ready(server)
+    assert expired.admin.password not in "".join(server.stderr)
 
 
 def test_a_service_binding_is_all_that_a_pod_needs(secure_kafka: KafkaBroker, tmp_path: Path) -> None:
