@@ -104,3 +104,18 @@ def test_deleted_model_leaves_no_login(phoenix: Phoenix, bound: str, admin: dict
     phoenix.kubectl("delete", "phx", "iris", "-n", bound, "--timeout=120s", timeout_s=150)
     assert users_of(admin, bound) == set()
     phoenix.wait_for("its Secrets to go", lambda: phoenix.get(bound, "secret/iris-redis") is None)
+
+
+def test_deletion_waits_for_a_backend_that_is_down_and_no_longer(
+    phoenix: Phoenix, bound: str, admin: dict[str, Keys]
+) -> None:
+    service = together.running(state.Lab("default"))["redis"]
+    service.kill()
+    try:
+        phoenix.delete(bound, "phx/iris", "--wait=false")
+        row = phoenix.wait_condition(bound, "iris", "BindingsReady", "False", "DeletionBlocked", deadline_s=120)
+        assert "redis" in row["message"], row
+    finally:
+        service.start()
+    phoenix.wait_for("the model to go", lambda: phoenix.get(bound, "phx/iris") is None, deadline_s=90)
+    assert users_of(admin, bound) == set()

@@ -168,9 +168,9 @@ def test_an_overloaded_model_lets_requests_wait_and_keeps_their_order(
 
 
 def test_requests_with_the_same_id_have_a_result_each(kafka_broker: KafkaBroker, tmp_path: Path) -> None:
-    topics = Topics("again").make(kafka_broker, partitions=1)
+    topics = Topics("repeated").make(kafka_broker, partitions=1)
     send(kafka_broker, topics.requests, [(b"k", body(number, "same")) for number in range(3)])
-    with phoenix_process.start(served(tmp_path, "again"), settings_of(kafka_broker)):
+    with phoenix_process.start(served(tmp_path, "repeated"), settings_of(kafka_broker)):
         found = records_of(kafka_broker, topics.results, count=3)
     assert [result_of(record) for record in found] == [("same", 0.0), ("same", 2.0), ("same", 4.0)]
 

@@ -270,7 +270,7 @@ def test_an_expired_certificate_is_not_trusted(postgres_factory: Callable[..., P
     expired = postgres_factory(is_secure=True, is_expired=True)
     env = bind(tmp_path / "bindings" / "postgresql", expired, database="postgres", username="anybody")
     with start([write_model(tmp_path / "iris")], env) as server:
-        wait_until(lambda: "certificate has expired" in state(server)["error"], "the state names the cause")
+        wait_until(lambda: "certificate verify failed" in state(server)["error"], "the state names the cause")
         assert answers_503(server, "refused")
         assert is_ready(server)
         assert PASSWORD not in "".join(server.stderr)

@@ -352,7 +352,7 @@ def test_an_expired_certificate_is_not_trusted(kafka_factory: Callable[..., Kafk
     expired = kafka_factory(is_secure=True, is_expired=True)
     settings = login(expired, "admin", expired.admin.password)
     with phoenix_process.start([write_model(tmp_path, "expired")], settings) as server:
-        await_state(server, "expired", up=False, saying="certificate has expired")
+        await_state(server, "expired", up=False, saying="certificate verify failed")
         assert ask(server, "expired", 1) == 2
         assert is_ready(server)
     assert expired.admin.password not in "".join(server.stderr)
