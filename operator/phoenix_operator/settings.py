@@ -127,7 +127,9 @@ def _http_address(value: str) -> str:
     if not is_usable or any(character.isspace() for character in value):
         raise PydanticCustomError("rule", "expected an address http://HOST:PORT or https://HOST:PORT")
     if parts.username is not None or parts.query or parts.fragment:
-        raise PydanticCustomError("rule", "expected an address without user, query and fragment; see bearerTokenFile")
+        raise PydanticCustomError(
+            "rule", "expected an address without user, query and fragment (for a token there is bearerTokenFile)"
+        )
     return value.rstrip("/")
 
 
