@@ -4,9 +4,11 @@ The file is YAML in the spelling of the API (camelCase). An unknown or wrong fie
 file that is not there. Pure modules get `Settings` as an argument and read nothing themselves.
 """
 
+import re
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
+from urllib.parse import urlsplit
 
 import yaml
 from pydantic import AfterValidator, Field, ValidationError
@@ -42,6 +44,14 @@ class BackendKind(StrEnum):
     REDIS = "redis"
     KAFKA = "kafka"
     POSTGRESQL = "postgresql"
+
+
+class AutoscalingProvider(StrEnum):
+    """Who answers the autoscaler's questions about `inference_latency_seconds`."""
+
+    BUILTIN = "builtin"
+    PROMETHEUS_ADAPTER = "prometheus-adapter"
+    KEDA = "keda"
 
 
 class AcceleratorProfile(ApiObject):
@@ -107,6 +117,72 @@ class Capabilities(ApiObject):
     manage_schemas: Flag = Field(True, description="PostgreSQL: make and drop a schema for each model.")
 
 
+def _http_address(value: str) -> str:
+    """Return an address as others append paths to it."""
+    try:
+        parts = urlsplit(value)
+        is_usable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        is_usable = False
+    if not is_usable or any(character.isspace() for character in value):
+        raise PydanticCustomError("rule", "expected an address http://HOST:PORT or https://HOST:PORT")
+    if parts.username is not None or parts.query or parts.fragment:
+        raise PydanticCustomError(
+            "rule", "expected an address without user, query and fragment (for a token there is bearerTokenFile)"
+        )
+    return value.rstrip("/")
+
+
+class Prometheus(ApiObject):
+    """The Prometheus that evaluates the recording rules, or what speaks its query API."""
+
+    url: Annotated[str, Field(max_length=2048), AfterValidator(_http_address)] | None = Field(
+        None, description="Its address, for example `http://prometheus-operated.monitoring.svc:9090`."
+    )
+    ca_file: str | None = Field(
+        None, description="File with the authorities that sign its certificate; absent: the system's."
+    )
+    bearer_token_file: str | None = Field(
+        None, description="File with a token that is sent along; read again for each query."
+    )
+    timeout_seconds: Number = Field(5, gt=0, le=60, description="Deadline of a query.")
+
+
+class ServingCertificate(ApiObject):
+    """What the API server knows the metrics API by."""
+
+    folder: str | None = Field(
+        None,
+        description="Folder with `tls.crt` and `tls.key` that somebody else makes and renews, for example cert-manager,"
+        " and whose authority stands in the APIServices; absent: the metrics API makes its own.",
+    )
+    lifetime_days: Whole = Field(
+        90, ge=1, le=825, description="Lifetime of one that it makes; replaced after two thirds of it."
+    )
+
+
+class AutoscalingSettings(ApiObject):
+    """How models are scaled, and what `phoenix-operator metrics-api` answers from."""
+
+    provider: AutoscalingProvider | None = Field(
+        None,
+        description="Who answers: `builtin` is the metrics API of this program; absent: nobody, models are not scaled.",
+    )
+    prometheus: Prometheus = Field(
+        default_factory=Prometheus, description="The Prometheus that evaluates the recording rules."
+    )
+    cache_seconds: Number = Field(
+        5, ge=0, le=60, description="How long an answer of Prometheus is used again; less than its rule interval."
+    )
+    max_age_seconds: Number = Field(
+        60, ge=10, le=300, description="Age at which a sample is taken for absent: twice the rule interval or more."
+    )
+    certificate: ServingCertificate = Field(
+        default_factory=ServingCertificate, description="The serving certificate of the metrics API."
+    )
+    https_port: Whole = Field(8443, ge=0, le=65535, description="Port of the metrics API.")
+
+
 def _not_zero(value: int) -> int:
     if value == 0:
         raise PydanticCustomError("rule", "expected -1 or at least 1")
@@ -161,6 +237,7 @@ class Settings(ApiObject):
     )
     routes: Routes = Field(default_factory=Routes, description="How models are reached from outside.")
     monitoring: Monitoring = Field(default_factory=Monitoring, description="How pods are scraped.")
+    autoscaling: AutoscalingSettings = Field(default_factory=AutoscalingSettings, description="How models are scaled.")
     network_policies: Flag = Field(True, description="Make a default-deny NetworkPolicy for each model.")
     extra_egress: Annotated[list[Passthrough], Field(max_length=32)] = Field(
         default_factory=list, description="NetworkPolicyEgressRules added for every model, for example a proxy."
@@ -197,7 +274,12 @@ def read_settings(file: Path | None) -> Settings:
         return Settings.model_validate({} if values is None else values, by_alias=True, by_name=False)
     except ValidationError as error:
         faults = [
-            f"{'.'.join(map(str, fault['loc'])) or 'settings'}: {fault['msg']}, got {fault['input']!r:.80}"
+            f"{'.'.join(map(str, fault['loc'])) or 'settings'}: {fault['msg']}, got {_shown(fault['input'])}"
             for fault in error.errors(include_url=False)
         ]
         raise SettingsError(f"{file}: " + "; ".join(faults)) from error
+
+
+def _shown(value: object) -> str:
+    """Return a value for a message: in short, and without the password of an address."""
+    return re.sub(r"//\S*@", "//***@", repr(value))[:80]

@@ -6,7 +6,15 @@ from typing import Any
 import pytest
 import yaml
 
-from phoenix_operator.settings import MonitorKind, RouteKind, Routes, Settings, SettingsError, read_settings
+from phoenix_operator.settings import (
+    AutoscalingProvider,
+    MonitorKind,
+    RouteKind,
+    Routes,
+    Settings,
+    SettingsError,
+    read_settings,
+)
 
 
 def written(folder: Path, values: Any) -> Path:
@@ -77,6 +85,17 @@ def test_file_is_read_in_the_spelling_of_the_api(tmp_path: Path) -> None:
         ({"backends": [backend(timeoutSeconds=0)]}, "backends.0.timeoutSeconds"),
         ({"backends": [backend(replicationFactor=0)]}, "backends.0.replicationFactor"),
         ({"backends": [backend(capabilities={"manageUsers": "no"})]}, "backends.0.capabilities.manageUsers"),
+        ({"autoscaling": {"provider": "hpa"}}, "autoscaling.provider"),
+        ({"autoscaling": {"prometheus": {"url": "prometheus:9090"}}}, "autoscaling.prometheus.url"),
+        ({"autoscaling": {"prometheus": {"url": "ftp://prometheus"}}}, "autoscaling.prometheus.url"),
+        ({"autoscaling": {"prometheus": {"url": "http://prometheus:x"}}}, "autoscaling.prometheus.url"),
+        ({"autoscaling": {"prometheus": {"url": "http://a b"}}}, "autoscaling.prometheus.url"),
+        ({"autoscaling": {"prometheus": {"url": "http://p?query=x"}}}, "autoscaling.prometheus.url"),
+        ({"autoscaling": {"prometheus": {"timeoutSeconds": 0}}}, "autoscaling.prometheus.timeoutSeconds"),
+        ({"autoscaling": {"prometheus": {"bearerToken": "t"}}}, "autoscaling.prometheus.bearerToken"),
+        ({"autoscaling": {"cacheSeconds": -1}}, "autoscaling.cacheSeconds"),
+        ({"autoscaling": {"maxAgeSeconds": 5}}, "autoscaling.maxAgeSeconds"),
+        ({"autoscaling": {"certificate": {"lifetimeDays": 0}}}, "autoscaling.certificate.lifetimeDays"),
         ({"backends": [backend(), backend()]}, "expected each kind and name once, got redis default twice"),
     ],
 )  # fmt: skip
@@ -128,3 +147,26 @@ def test_long_value_is_shown_in_short(tmp_path: Path) -> None:
 )  # fmt: skip
 def test_address_from_outside_is_https_where_tls_ends_at_the_route(routes: Routes, scheme: str) -> None:
     assert routes.url_scheme == scheme
+
+
+def test_autoscaling_is_read_in_the_spelling_of_the_api(tmp_path: Path) -> None:
+    values = {
+        "provider": "prometheus-adapter",
+        "prometheus": {"url": "https://thanos.example.com:9090/tenant/", "caFile": "/ca.crt", "timeoutSeconds": 2},
+        "cacheSeconds": 0,
+        "certificate": {"folder": "/certificate"},
+    }
+    autoscaling = read_settings(written(tmp_path, {"autoscaling": values})).autoscaling
+    assert autoscaling.provider is AutoscalingProvider.PROMETHEUS_ADAPTER
+    assert autoscaling.prometheus.url == "https://thanos.example.com:9090/tenant"
+    assert (autoscaling.prometheus.ca_file, autoscaling.prometheus.bearer_token_file) == ("/ca.crt", None)
+    assert (autoscaling.prometheus.timeout_seconds, autoscaling.cache_seconds) == (2, 0)
+    assert autoscaling.certificate.folder == "/certificate"
+    assert Settings().autoscaling.provider is None
+
+
+@pytest.mark.parametrize("address", ["http://me:hunter2@prometheus", "ftp://me:hunter2@x", "http://me:hun/ter2@x"])
+def test_password_in_an_address_is_refused_and_not_shown(tmp_path: Path, address: str) -> None:
+    message = fault(tmp_path, {"autoscaling": {"prometheus": {"url": address}}})
+    assert message.startswith("autoscaling.prometheus.url: expected an address")
+    assert "ter2" not in message
