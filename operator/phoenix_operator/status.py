@@ -110,7 +110,8 @@ def blocked_status(document: Object, unreleased: Sequence[str], now: str) -> Obj
     metadata = document["metadata"]
     verdict = _blocked(unreleased, metadata["name"], metadata["namespace"])
     conditions = _with(document, (ConditionType.BINDINGS_READY, ConditionType.READY), verdict, now)
-    status: Object = document.get("status", {}) | {"conditions": conditions}
+    generation = metadata.get("generation", 0)  # deletion makes a new one
+    status: Object = document.get("status", {}) | {"observedGeneration": generation, "conditions": conditions}
     return status
 
 
