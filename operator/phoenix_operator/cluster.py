@@ -24,6 +24,7 @@ from phoenix_operator.observed import Object
 FIELD_MANAGER = "phoenix-operator"
 _STATUS_MANAGER = "phoenix-operator-status"
 _RESET_MANAGER = "phoenix-operator-reset"
+_REPLICAS_MANAGER = "phoenix-operator-replicas"
 _PAGE = 100
 _MOST_TRIES = 5
 # With a parameter the `kubernetes` package sends text as it is.
@@ -188,6 +189,45 @@ class Cluster:
         )
         return stored
 
+    async def apply_but_replicas(self, kind: Kind, manifest: Object, *, first_replicas: int) -> Object:
+        """As `apply`, for a manifest without `spec.replicas` whose object has them from an autoscaler.
+
+        An apply that leaves out what an earlier one had takes it away, and the API server's default of 1 would come
+        back. So the number is kept by a manager of its own, who sets it when the object is made (`first_replicas`) or
+        is taken over from the operator, and never again. Raises `ApiError`: 409 too if the autoscaler was faster.
+        """
+        metadata = manifest["metadata"]
+        live = await self.get(kind, metadata["namespace"], metadata["name"])
+        if live is None:
+            spec = {"replicas": first_replicas, **manifest["spec"]}
+            await self._apply_replicas(kind, manifest | {"spec": spec}, None)
+        elif _owns_replicas(live, FIELD_MANAGER):
+            await self._keep_replicas(kind, live)
+        stored = await self.apply(kind, manifest)
+        if _owns_more_than_replicas(stored):
+            stored = await self._keep_replicas(kind, stored)
+        return stored
+
+    async def _keep_replicas(self, kind: Kind, live: Object) -> Object:
+        """Have the manager of replicas own the live number, and nothing else."""
+        known = live["metadata"]
+        identity = {name: known[name] for name in ("name", "namespace", "uid")}
+        body = {
+            "apiVersion": kind.api_version,
+            "kind": kind.kind,
+            "metadata": identity,
+            "spec": {"replicas": live["spec"].get("replicas", 1)},
+        }
+        return await self._apply_replicas(kind, body, known["resourceVersion"])
+
+    async def _apply_replicas(self, kind: Kind, body: Object, version: str | None) -> Object:
+        metadata = body["metadata"] | ({"resourceVersion": version} if version else {})
+        query = {"fieldManager": _REPLICAS_MANAGER, "fieldValidation": "Strict"} | (
+            {"force": "true"} if version else {}
+        )
+        path = kind.path(metadata["namespace"], metadata["name"])
+        return await self._apply(path, query, body | {"metadata": metadata}, "APPLY")
+
     async def reset(self, kind: Kind, manifest: Object, live: Object) -> None:
         """Replace the spec of an object whole, whoever owns its fields; `replicas` that the manifest leaves out stay.
 
@@ -339,6 +379,24 @@ class Cluster:
         except ValueError:
             answer = {"message": data[:200].decode(errors="replace")}
         return response.status, answer, _seconds(response.headers.get("Retry-After"))
+
+
+def _owns_replicas(live: Object, manager: str) -> bool:
+    """Whether the manager's applies had `spec.replicas`."""
+    return any("f:replicas" in spec for spec in _applied_specs(live, manager))
+
+
+def _owns_more_than_replicas(live: Object) -> bool:
+    return any(set(spec) - {"f:replicas"} for spec in _applied_specs(live, _REPLICAS_MANAGER))
+
+
+def _applied_specs(live: Object, manager: str) -> list[Object]:
+    rows = live["metadata"].get("managedFields", [])
+    return [
+        row.get("fieldsV1", {}).get("f:spec", {})
+        for row in rows
+        if (row.get("manager"), row.get("operation")) == (manager, "Apply")
+    ]
 
 
 _IN_BACKGROUND = {"propagationPolicy": "Background"}

@@ -12,7 +12,7 @@ from enum import StrEnum
 from typing import Any
 
 from phoenix_api import PhoenixModel, PhoenixModelSpec, Reason
-from phoenix_operator.kinds import CONFIG_MAP, DEPLOYMENT, Kind
+from phoenix_operator.kinds import CONFIG_MAP, DEPLOYMENT, HORIZONTAL_POD_AUTOSCALER, Kind
 
 Object = dict[str, Any]
 CONTAINER = "server"  # the container of ours in a pod; a mesh may put others beside it
@@ -22,6 +22,7 @@ HASH = "phoenix-ml.io/hash"  # hash of a whole object as the operator wants it
 BINDINGS = "phoenix-ml.io/bindings"  # on the pod template: which Secrets with which content its pods have been given
 PORTS = "phoenix-ml.io/binding-ports"  # on the NetworkPolicy: the ports of backends, by kind
 ROTATE = "phoenix-ml.io/rotate"  # on the PhoenixModel: a new value asks for new passwords
+GUARD_OFF = "phoenix-ml.io/latency-guard-off"  # on the HPA: spec hash for which latency adds no replicas
 WITHHELD = "phoenix-ml.io/accelerator-withheld"  # on the Deployment: spec hash for which no accelerator is asked
 
 
@@ -113,6 +114,8 @@ class Loaded:
     provider: str | None
     inputs: list[Object]
     outputs: list[Object]
+    load_s: float = 0.0  # from the fetch to the end of the warm-up
+    capacity: int | None = None  # requests at once beyond which throughput stops growing; measured while it is idle
     # what its bindings cannot do, by kind (redis, kafka, postgresql); those that work are left out
     bindings: Mapping[str, str] = field(default_factory=dict)
 
@@ -204,6 +207,11 @@ class Pod:
         return datetime.fromisoformat(since) if since and self.unschedulable is not None else None
 
     @property
+    def ready_since(self) -> str | None:
+        """When it became ready, if it is."""
+        return self._condition("Ready").get("lastTransitionTime") if self.is_ready else None
+
+    @property
     def waiting(self) -> tuple[str, str] | None:
         """Reason and message of a container that waits, for example `ErrImagePull`."""
         waiting = self._container.get("state", {}).get("waiting")
@@ -274,10 +282,24 @@ class Observed:
     @property
     def deployment(self) -> Object | None:
         """The model's Deployment."""
-        return next((body for (kind, _), body in self.children.items() if kind is DEPLOYMENT), None)
+        return self._child(DEPLOYMENT)
+
+    @property
+    def autoscaler(self) -> Object | None:
+        """The model's HorizontalPodAutoscaler."""
+        return self._child(HORIZONTAL_POD_AUTOSCALER)
 
     @property
     def manifests(self) -> Mapping[str, str]:
         """The manifests that the model's ConfigMap holds, by key."""
-        found = next((body for (kind, _), body in self.children.items() if kind is CONFIG_MAP), {})
-        return found.get("data", {})  # type: ignore[no-any-return]
+        return (self._child(CONFIG_MAP) or {}).get("data", {})  # type: ignore[no-any-return]
+
+    def has_passed(self, seconds: float, *moments: str | None) -> bool:
+        """Whether all of these times, as the API writes them, are so long ago; None was never."""
+        now = self.now
+        return now is not None and all(
+            (now - datetime.fromisoformat(moment)).total_seconds() >= seconds for moment in moments if moment
+        )
+
+    def _child(self, wanted: Kind) -> Object | None:
+        return next((body for (kind, _), body in self.children.items() if kind is wanted), None)

@@ -22,6 +22,7 @@ _log = logging.getLogger(__name__)
 _MOST_REMEMBERED = 20_000
 _MOST_BYTES = 1 << 20
 _MOST_WORDS = 300
+_LONGEST_LOAD_S = 86_400
 _MOST_TENSORS = 256  # a status holds no more of each side
 
 
@@ -39,19 +40,24 @@ class PodStates:
         """Close the connections."""
         await self._session.close()
 
-    async def of(self, model: str, pods: Sequence[Pod], *, is_bound: bool = False) -> dict[str, Loaded]:
+    async def of(
+        self, model: str, pods: Sequence[Pod], *, is_bound: bool = False, is_autoscaled: bool = False
+    ) -> dict[str, Loaded]:
         """Return what the ready ones among these pods loaded, by uid; those that do not say are left out.
 
-        What a model with bindings says of its backends changes while it runs, so it is asked each time.
+        What a model with bindings says of its backends changes while it runs, so it is asked each time; what one that
+        is autoscaled says of its capacity comes later than ready, so it is asked until it does.
         """
         ready = [pod for pod in pods if pod.is_ready and pod.ip]
-        answers = await asyncio.gather(*(self._ask(model, pod, is_bound=is_bound) for pod in ready))
+        answers = await asyncio.gather(
+            *(self._ask(model, pod, is_bound=is_bound, is_autoscaled=is_autoscaled) for pod in ready)
+        )
         return {pod.uid: answer for pod, answer in zip(ready, answers, strict=True) if answer is not None}
 
-    async def _ask(self, model: str, pod: Pod, *, is_bound: bool) -> Loaded | None:
+    async def _ask(self, model: str, pod: Pod, *, is_bound: bool, is_autoscaled: bool) -> Loaded | None:
         key = (pod.uid, pod.restarts)
         known = self._known.get(key)
-        if known is not None and not is_bound:
+        if known is not None and not is_bound and not (is_autoscaled and known.capacity is None):
             return known
         host = f"[{pod.ip}]" if ":" in (pod.ip or "") else pod.ip
         try:
@@ -88,7 +94,25 @@ def _read(answer: object) -> Loaded:
         | {side: _tensors(answer[side]) for side in ("inputs", "outputs")}
     )
     inputs, outputs = ([row.model_dump() for row in rows] for rows in (told.inputs, told.outputs))
-    return Loaded(told.sha256, told.version, told.provider, inputs, outputs, _failing(answer.get("bindings")))
+    return Loaded(
+        told.sha256,
+        told.version,
+        told.provider,
+        inputs,
+        outputs,
+        load_s=_seconds(answer.get("load_seconds")),
+        capacity=_capacity(answer.get("capacity")),
+        bindings=_failing(answer.get("bindings")),
+    )
+
+
+def _seconds(value: object) -> float:
+    return float(value) if isinstance(value, int | float) and 0 <= value < _LONGEST_LOAD_S else 0.0
+
+
+def _capacity(measured: object) -> int | None:
+    found = measured.get("concurrency") if isinstance(measured, dict) else None
+    return found if isinstance(found, int) and found > 0 else None
 
 
 def _failing(bindings: object) -> dict[str, str]:

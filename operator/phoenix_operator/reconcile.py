@@ -21,6 +21,7 @@ from phoenix_operator.cluster import ApiError, Cluster
 from phoenix_operator.desired import desired_objects
 from phoenix_operator.desired.accelerator import prefers
 from phoenix_operator.desired.acceptance import faults, is_left_alone
+from phoenix_operator.desired.autoscaling import first_replicas, is_autoscaled
 from phoenix_operator.desired.bindings import asked
 from phoenix_operator.desired.deployment import PATIENCE_S, deployment
 from phoenix_operator.desired.naming import is_of_predecessor, is_owned, sealed
@@ -31,6 +32,7 @@ from phoenix_operator.kinds import (
     CHILDREN,
     CONFIG_MAP,
     DEPLOYMENT,
+    HORIZONTAL_POD_AUTOSCALER,
     IMMUTABLE,
     PHOENIX_MODEL,
     POD,
@@ -180,7 +182,7 @@ class Reconciler:
         }
         pods = [Pod(body) for _, body in parts.store.of_model(key, (POD,))]
         loaded, missing, shortfall = await asyncio.gather(
-            parts.states.of(subject.name, pods, is_bound=bool(asked(subject))),
+            parts.states.of(subject.name, pods, is_bound=bool(asked(subject)), is_autoscaled=is_autoscaled(subject)),
             self._missing(subject),
             parts.placement.shortfall(pods),
         )
@@ -258,41 +260,47 @@ class Reconciler:
             return await self._apply_all(key, subject, replace(observed, children={**observed.children, **late}))
         is_first = not observed.children
         refused = self._refused.setdefault(key, {})
+        places = {_place(manifest) for manifest in wanted}
+        # an autoscaler that is not wanted any more goes before the number it would change back
+        await self._prune(subject, live, {place for place in live if place[0] is HORIZONTAL_POD_AUTOSCALER} - places)
         for manifest in wanted:
             place = _place(manifest)
             body = live.get(place)
             if body is not None and is_as_wanted(manifest, body):
                 refused.pop(place, None)
                 continue
-            stored = await self._apply(manifest, body, refused)
+            stored = await self._apply(subject, manifest, body, refused)
             if stored is not None:
                 live[place] = stored
                 if body is not None or not is_first:
                     await self._tell_repair(subject, manifest, body)
-        places = {_place(manifest) for manifest in wanted}
         for place in refused.keys() - places:
             del refused[place]
-        for place, body in observed.children.items():
-            # every model has a Deployment: one that is not among the wishes waits for what its pods need
-            if place not in places and place[0] is not DEPLOYMENT:
-                await parts.cluster.delete(place[0], subject.namespace, place[1], uid=body["metadata"]["uid"])
-                parts.store.discard(place[0], body)
-                live.pop(place)
+        # every model has a Deployment: one that is not among the wishes waits for what its pods need
+        await self._prune(subject, live, {place for place in live if place[0] is not DEPLOYMENT} - places)
         if not refused:
             self._refused.pop(key)
         return replace(observed, children=live, refusals=list(refused.values()))
+
+    async def _prune(
+        self, subject: Subject, live: dict[tuple[Kind, str], Object], unwanted: set[tuple[Kind, str]]
+    ) -> None:
+        for place in sorted(unwanted, key=lambda place: (place[0].kind, place[1])):
+            body = live.pop(place)
+            await self._parts.cluster.delete(place[0], subject.namespace, place[1], uid=body["metadata"]["uid"])
+            self._parts.store.discard(place[0], body)
 
     async def _find(self, manifest: Object) -> Object | None:
         kind, name = _place(manifest)
         return await self._parts.cluster.get(kind, manifest["metadata"]["namespace"], name)
 
     async def _apply(
-        self, manifest: Object, live: Object | None, refused: dict[tuple[Kind, str], Refusal]
+        self, subject: Subject, manifest: Object, live: Object | None, refused: dict[tuple[Kind, str], Refusal]
     ) -> Object | None:
         """Apply one object; None if the API server refuses it, which is then remembered with the reason."""
         kind, name = place = _place(manifest)
         try:
-            stored = await self._apply_or_reset(kind, manifest, live)
+            stored = await self._apply_or_reset(subject, kind, manifest, live)
         except ApiError as error:
             if not error.is_refusal or error.is_namespace_ending:
                 raise
@@ -305,10 +313,10 @@ class Reconciler:
         self._parts.store.put(kind, stored)
         return stored
 
-    async def _apply_or_reset(self, kind: Kind, manifest: Object, live: Object | None) -> Object:
+    async def _apply_or_reset(self, subject: Subject, kind: Kind, manifest: Object, live: Object | None) -> Object:
         cluster = self._parts.cluster
         try:
-            return await cluster.apply(kind, manifest, is_first=live is None)
+            return await self._apply_once(subject, kind, manifest, is_first=live is None)
         except ApiError as error:
             if live is None or error.code != 422 or "spec" not in manifest:
                 raise
@@ -322,7 +330,13 @@ class Reconciler:
                 if another.is_refusal:
                     raise error from another  # it is our own wish that the API server refuses
                 raise
-        return await cluster.apply(kind, manifest)
+        return await self._apply_once(subject, kind, manifest, is_first=False)
+
+    async def _apply_once(self, subject: Subject, kind: Kind, manifest: Object, *, is_first: bool) -> Object:
+        if kind is DEPLOYMENT and "replicas" not in manifest["spec"]:
+            first = first_replicas(subject)
+            return await self._parts.cluster.apply_but_replicas(kind, manifest, first_replicas=first)
+        return await self._parts.cluster.apply(kind, manifest, is_first=is_first)
 
     async def _tell_repair(self, subject: Subject, manifest: Object, before: Object | None) -> None:
         """Tell of an object that somebody else had changed or deleted; our own new wishes are no repair."""
@@ -383,6 +397,8 @@ class Reconciler:
         if not_accepted or observed.refusals:  # a quota refuses objects of a spec that is accepted
             return _REFUSED_S
         if any(pod.is_ready and pod.ip and pod.uid not in observed.loaded for pod in observed.pods):
+            return _LATER_S
+        if is_autoscaled(subject) and any(loaded.capacity is None for loaded in observed.loaded.values()):
             return _LATER_S
         if observed.shortfall:  # PATIENCE_S of a preferred device ends without an event
             return PATIENCE_S if prefers(subject) else _LATER_S

@@ -7,19 +7,30 @@ the server's own words where it left some (the termination message), else Kubern
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 
 from phoenix_api import (
     CONDITIONS,
     Condition,
     ConditionStatus,
     ConditionType,
+    Quantity,
     Reason,
     Status,
 )
-from phoenix_api.status import Endpoints, LoadedModel, ReplicaCounts, TensorDescription
+from phoenix_api.status import Endpoints, LoadedModel, ReplicaCounts, ScalingStatus, TensorDescription
 from phoenix_operator.desired import config
 from phoenix_operator.desired.accelerator import ask, prefers
 from phoenix_operator.desired.acceptance import Fault, is_left_alone
+from phoenix_operator.desired.autoscaling import (
+    CONCURRENCY,
+    LATENCY,
+    PRESSURE,
+    current_values,
+    is_autoscaled,
+    is_guard_off,
+    replicas,
+)
 from phoenix_operator.desired.bindings import asked as asked_bindings
 from phoenix_operator.desired.deployment import is_in_place, is_withheld, template_hash
 from phoenix_operator.desired.naming import GRPC_PORT, HTTP_PORT, selector
@@ -88,6 +99,7 @@ def next_status(subject: Subject, observed: Observed, settings: Settings, faults
         selector=",".join(f"{key}={value}" for key, value in selector(subject.name).items()),
         model=view.loaded_model(),
         endpoints=view.endpoints(),
+        autoscaling=view.scaling(),
         conditions=[
             _condition(kind, verdict, subject.generation, before.get(kind), now) for kind, verdict in verdicts.items()
         ],
@@ -179,6 +191,7 @@ class _View:
         self.gone_old = [pod for pod in observed.pods if pod.is_leaving and pod.template != wanted]
         self.ready = [pod for pod in alive if pod.is_ready]
         self.new_ready = [pod for pod in self.new if pod.is_ready]
+        self.desired = replicas(subject, observed)
 
     def verdicts(self) -> dict[ConditionType, Verdict]:
         """Return every condition but `Ready`, in the order of the table."""
@@ -187,13 +200,15 @@ class _View:
             found[ConditionType.ACCELERATOR_READY] = self._accelerator_ready()
         if asked_bindings(self.subject) or self.observed.unreleased:
             found[ConditionType.BINDINGS_READY] = self._bindings_ready()
+        if is_autoscaled(self.subject):
+            found[ConditionType.AUTOSCALING_READY] = self._autoscaling_ready()
         found[ConditionType.AVAILABLE] = self._available()
         found[ConditionType.PROGRESSING] = self._progressing()
         return found
 
     def counts(self) -> ReplicaCounts:
         """Return how many pods there are."""
-        desired, ready = self.subject.spec.replicas, len(self.ready)
+        desired, ready = self.desired, len(self.ready)
         return ReplicaCounts(desired=desired, ready=ready, updated=len(self.new), summary=f"{ready}/{desired}")
 
     def loaded_model(self) -> LoadedModel | None:
@@ -299,8 +314,57 @@ class _View:
             return _blocked(self.observed.unreleased, self.subject.name, self.subject.namespace)
         return _yes(Reason.BOUND, "; ".join(seen[kind].message for kind in asked))
 
+    def _autoscaling_ready(self) -> Verdict:
+        live = self.observed.autoscaler
+        if live is None:
+            return _unknown(_NOTHING_DONE if self.is_left_alone else "there is no HorizontalPodAutoscaler yet")
+        rows = {row["type"]: row for row in live.get("status", {}).get("conditions") or []}
+        for kind in ("AbleToScale", "ScalingActive"):
+            row = rows.get(kind, {})
+            if row.get("status") == "False" and row.get("reason") != "ScalingDisabled":
+                return _no(
+                    Reason.METRICS_UNAVAILABLE,
+                    f"the HPA keeps {self.desired} replicas: {row.get('message') or row.get('reason')}; see that "
+                    "Prometheus and the metrics API run",
+                )
+        if "ScalingActive" not in rows:
+            return _unknown("the HPA has not read its metrics yet")
+        scaling = self.subject.spec.autoscaling
+        assert scaling is not None
+        if is_guard_off(self.subject, self.observed):
+            return _no(
+                Reason.TARGET_BELOW_SERVICE_TIME,
+                f"the latency is over spec.autoscaling.targetLatency ({scaling.target_latency}) though no replica has "
+                "more than one request at once: more replicas cannot help, so only concurrency adds them; raise it, "
+                "or make the model faster",
+            )
+        limited = rows.get("ScalingLimited", {})
+        if limited.get("status") == "True" and limited.get("reason") == "TooManyReplicas":
+            return _no(
+                Reason.SCALING_LIMITED,
+                f"the HPA would have more than the {scaling.max_replicas} replicas of spec.autoscaling.maxReplicas; "
+                "raise it if there is room",
+            )
+        return _yes(Reason.METRICS_READ, f"the HPA reads {', '.join(sorted(current_values(live))) or 'its metrics'}")
+
+    def scaling(self) -> ScalingStatus | None:
+        """Return what the autoscaler last read and wants; rounded, or each look would be another status."""
+        live = self.observed.autoscaler
+        if not is_autoscaled(self.subject) or live is None:
+            return None
+        values, status = current_values(live), live.get("status", {})
+        concurrency = values.get(CONCURRENCY)
+        if concurrency is not None:
+            concurrency *= int(status.get("currentReplicas") or 0)  # the HPA tells it for each replica
+        return ScalingStatus(
+            concurrency=_rounded(concurrency),
+            latency_p95=_rounded(values.get(LATENCY)),
+            pressure=_rounded(values.get(PRESSURE)),
+            desired_replicas=status.get("desiredReplicas"),
+        )
+
     def _available(self) -> Verdict:
-        desired = self.subject.spec.replicas
+        desired = self.desired
         if self.ready:
             return _yes(Reason.REPLICAS_AVAILABLE, f"{len(self.ready)} of {desired} replicas answer{self._trouble()}")
         if desired == 0:
@@ -326,7 +390,7 @@ class _View:
             )
         if self._is_rolled_out():
             return _yes(Reason.ROLLED_OUT, f"every pod is of version {version}")
-        count = f"{len(self.new_ready)} of {self.subject.spec.replicas} pods of version {version} are ready"
+        count = f"{len(self.new_ready)} of {self.desired} pods of version {version} are ready"
         hint = f"; {why}" if why else ""
         if not hint and not self.ready and is_in_place(self.subject) and self.old + self.gone_old:
             hint = "; rollout.strategy InPlace with one replica answers nothing meanwhile"
@@ -370,20 +434,30 @@ class _View:
 
     def _trouble(self) -> str:
         """Say what keeps the other replicas from answering, where something does."""
-        if len(self.ready) >= self.subject.spec.replicas:
+        if len(self.ready) >= self.desired:
             return ""
         why = self._why_new_pods_fail()
         return f"; {why}" if why else ""
 
     def _why_new_pods_fail(self) -> str:
         """Return the failure of the wanted version in a few words; empty while it merely loads."""
-        if self.new and all(pod.is_ready for pod in self.new) and len(self.new) >= self.subject.spec.replicas:
+        if self.new and all(pod.is_ready for pod in self.new) and len(self.new) >= self.desired:
             return ""
         reason, message = self._trouble_of_new_pods()
         return "" if reason is Reason.LOADING else f"{reason}: {message}"
 
     def _trouble_of_new_pods(self) -> Trouble:
         return trouble_of(self.subject, self.observed, new=self.new, gone=self.gone)
+
+
+def _rounded(value: Decimal | None) -> Quantity | None:
+    """Return a quantity of two significant digits."""
+    if value is None:
+        return None
+    thousandths = int(value * 1000)
+    step = 10 ** max(len(str(thousandths)) - 2, 0)
+    thousandths = round(thousandths / step) * step
+    return Quantity(str(thousandths // 1000) if thousandths % 1000 == 0 else f"{thousandths}m")
 
 
 def _reason_of(words: str) -> Reason:

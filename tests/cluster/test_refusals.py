@@ -236,7 +236,6 @@ def _asked_count(phoenix: Phoenix, namespace: str) -> int:
 
 
 NOT_YET: dict[str, Any] = {
-    "spec.autoscaling": {"autoscaling": {"maxReplicas": 3, "targetLatency": "200m"}},
     "spec.networking.rateLimit": {"networking": {"rateLimit": {"requestsPerSecond": 5}}},
 }
 

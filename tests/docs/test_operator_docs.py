@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from phoenix_api import CONDITIONS, ConditionType, Reason, parse_manifests
+from phoenix_api import CONDITIONS, Reason, parse_manifests
 from phoenix_operator import __main__ as program
 from phoenix_operator.metrics import Metrics
 from phoenix_operator.settings import Settings, read_settings
@@ -68,9 +68,7 @@ def test_page_of_a_reason_names_its_conditions(reason: Reason) -> None:
     of = [str(kind) for kind, row in CONDITIONS.items() if reason in (*row.when_true, *row.otherwise)]
     shown = (REASONS / f"{reason}.md").read_text()
     for kind in of:
-        # autoscaling has no condition yet
-        if kind is not ConditionType.AUTOSCALING_READY:
-            assert f"`{kind}`" in shown, kind
+        assert f"`{kind}`" in shown, kind
 
 
 # --- manifests and settings ------------------------------------------------------------------------------------------

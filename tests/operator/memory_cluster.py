@@ -143,6 +143,15 @@ class MemoryCluster:
             self.put(kind, after)
         return copy.deepcopy(self.objects[place])
 
+    async def apply_but_replicas(self, kind: Kind, manifest: Object, *, first_replicas: int) -> Object:
+        metadata = manifest["metadata"]
+        place = (kind, metadata["namespace"], metadata["name"])
+        live = self.objects.get(place)
+        replicas = first_replicas if live is None else live["spec"].get("replicas", 1)
+        stored = await self.apply(kind, manifest)
+        stored["spec"]["replicas"] = replicas  # which nobody's wish has
+        return self.put(kind, stored) if stored != self.objects[place] else stored
+
     async def reset(self, kind: Kind, manifest: Object, live: Object) -> None:
         metadata = manifest["metadata"]
         self._ask("patch", kind, metadata["name"])

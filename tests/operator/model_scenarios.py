@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from objects import DIGEST, by_place, rendered, subject, unplaced
+from objects import DIGEST, by_place, loaded, rendered, subject, unplaced
 
 from phoenix_operator.desired.deployment import template_hash
 from phoenix_operator.kinds import CONFIG_MAP, DEPLOYMENT, OPTIONAL
@@ -64,6 +64,14 @@ def _with_secrets(_: Subject, __: Settings) -> Observed:
     ports = {"redis": (6379,), "kafka": (9092, 9093), "postgresql": (5432,)}
     seen = {kind: BindingSeen(kind, digest=f"{kind}-content", ports=numbers) for kind, numbers in ports.items()}
     return Observed(served_kinds=OPTIONAL, bindings=seen)
+
+
+SCALES: Object = {"autoscaling": {"provider": "builtin"}}
+
+
+def _measured(model: Subject, settings: Settings) -> Observed:
+    """A pod has told what it can do, and how long it took to load."""
+    return Observed(served_kinds=OPTIONAL, loaded={"uid": loaded(load_s=212.5, capacity=16)})
 
 
 def _version_2_serves(model: Subject, settings: Settings) -> Observed:
@@ -185,6 +193,12 @@ SCENARIOS: dict[str, Scenario] = {
             "monitoring": {"namespace": "monitoring"},
             "extraEgress": [{"to": [{"ipBlock": {"cidr": "192.0.2.0/24"}}], "ports": [{"port": 3128}]}],
         },
+    ),
+    "autoscaling": Scenario(
+        {"autoscaling": {"minReplicas": 2, "maxReplicas": 8, "targetLatency": "200m"}}, SCALES, seen=_measured
+    ),
+    "autoscaling-latency": Scenario(
+        {"autoscaling": {"maxReplicas": 4, "targetLatency": "0.25", "metric": "Latency"}}, SCALES
     ),
     "bindings": Scenario(BOUND, BACKENDS, seen=_with_secrets),
     "replicas-0": Scenario({"replicas": 0}),

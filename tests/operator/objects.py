@@ -1,7 +1,7 @@
 """Builders of what the operator sees: PhoenixModels as the API server stores them, pods in any state, children."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -9,16 +9,16 @@ from phoenix_operator.desired import desired_objects
 from phoenix_operator.desired.bindings import asked
 from phoenix_operator.desired.deployment import template_hash
 from phoenix_operator.desired.naming import HTTP_PORT, labels, sealed
-from phoenix_operator.kinds import DEPLOYMENT, OPTIONAL, Kind, kind_of
+from phoenix_operator.kinds import DEPLOYMENT, HORIZONTAL_POD_AUTOSCALER, OPTIONAL, Kind, kind_of
 from phoenix_operator.observed import REVISION, TEMPLATE, BindingSeen, Loaded, Object, Observed, Pod, Subject, stamp
-from phoenix_operator.settings import Settings
+from phoenix_operator.settings import AutoscalingProvider, AutoscalingSettings, Settings
 
 NAME, NAMESPACE, UID = "fraud", "ml", "0f0e0d0c-0000-4000-8000-000000000001"
 OPERATOR_NAMESPACE = "phoenix-system"
 DIGEST = "0123456789abcdef" * 4
 NOW = datetime(2026, 11, 24, 12, 0, 0, tzinfo=UTC)
 STAMP, EARLIER = "2026-11-24T12:00:00Z", "2026-11-24T11:00:00Z"
-SETTINGS = Settings()
+SETTINGS = Settings(autoscaling=AutoscalingSettings(provider=AutoscalingProvider.BUILTIN))
 __all__ = ["HTTP_PORT", "sealed"]
 
 
@@ -97,9 +97,52 @@ def seen(subject: Subject, pods: Iterable[Pod] = (), *, deployment: Object | Non
     return Observed(children=children, pods=list(pods), served_kinds=OPTIONAL, now=NOW, **others)
 
 
-def loaded(provider: str = "CPUExecutionProvider", version: str = "1", sha256: str = DIGEST) -> Loaded:
+def loaded(provider: str = "CPUExecutionProvider", version: str = "1", sha256: str = DIGEST, **measured: Any) -> Loaded:
+    """Return what a pod says of itself; `measured` are `load_s` and `capacity`."""
     tensor = {"name": "x", "datatype": "FP32", "shape": [-1, 4]}
-    return Loaded(sha256=sha256, version=version, provider=provider, inputs=[tensor], outputs=[tensor])
+    return Loaded(sha256=sha256, version=version, provider=provider, inputs=[tensor], outputs=[tensor], **measured)
+
+
+def hpa(
+    subject: Subject,
+    *,
+    targets: Mapping[str, Object] | None = None,
+    values: Mapping[str, str] | None = None,
+    conditions: Iterable[tuple[str, str, str]] = (),
+    replicas: int = 1,
+    window_s: int | None = None,
+    annotations: dict[str, str] | None = None,
+) -> Object:
+    """Return the model's HPA as the cluster has it: what it targets, what it last read, and its conditions."""
+    body = by_place(rendered(subject))[HORIZONTAL_POD_AUTOSCALER, subject.name]
+    body["metadata"] |= {"uid": "h", "resourceVersion": "25"}
+    body["metadata"]["annotations"] |= annotations or {}
+    if targets is not None:
+        body["spec"]["metrics"] = [
+            {"type": "Object", "object": {"metric": {"name": name}, "target": target}}
+            for name, target in targets.items()
+        ]
+    if window_s is not None:
+        body["spec"]["behavior"]["scaleDown"]["stabilizationWindowSeconds"] = window_s
+    body["status"] = {
+        "currentReplicas": replicas,
+        "desiredReplicas": replicas,
+        "conditions": [
+            {"type": kind, "status": status, "reason": reason, "message": f"words about {reason}"}
+            for kind, status, reason in conditions
+        ],
+        "currentMetrics": [
+            {
+                "type": "Object",
+                "object": {
+                    "metric": {"name": name},
+                    "current": {"averageValue" if name.endswith("concurrency") else "value": value},
+                },
+            }
+            for name, value in (values or {}).items()
+        ],
+    }
+    return body
 
 
 # --- pods -----------------------------------------------------------------------------------------------------------
@@ -145,11 +188,12 @@ def pod(
     )
 
 
-def ready(subject: Subject, name: str = "fraud-1", **parts: Any) -> Pod:
+def ready(subject: Subject, name: str = "fraud-1", *, since: str | None = None, **parts: Any) -> Pod:
+    told = {"type": "Ready", "status": "True"} | ({"lastTransitionTime": since} if since else {})
     return pod(
         subject,
         name,
-        conditions=[{"type": "Ready", "status": "True"}],
+        conditions=[told],
         container={"state": {"running": {}}, "ready": True} | parts.pop("container", {}),
         podIP="10.1.2.3",
         **parts,

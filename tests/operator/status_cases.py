@@ -15,6 +15,7 @@ from objects import (
     deployment,
     ended,
     evicted,
+    hpa,
     loaded,
     loading,
     own_words,
@@ -30,7 +31,7 @@ from objects import (
 from phoenix_api import CONDITIONS, ConditionType, Reason, Status
 from phoenix_api.crd import custom_resource_definition
 from phoenix_operator.desired.acceptance import faults
-from phoenix_operator.kinds import DEPLOYMENT, POD_DISRUPTION_BUDGET, SERVICE
+from phoenix_operator.kinds import DEPLOYMENT, HORIZONTAL_POD_AUTOSCALER, POD_DISRUPTION_BUDGET, SERVICE
 from phoenix_operator.observed import TEMPLATE, Missing, Object, Observed, Reference, Refusal, Subject
 from phoenix_operator.settings import Settings
 from phoenix_operator.status import next_status
@@ -566,15 +567,104 @@ def _() -> Seen:
 
 @case(
     "not-supported-yet",
-    ("False", "NotSupportedYet", "spec.autoscaling, spec.networking.rateLimit"),
+    ("False", "NotSupportedYet", "spec.networking.rateLimit"),
     Accepted=("False", "NotSupportedYet", "not done by this release yet; remove it"),
     **LEFT_ALONE,
 )
 def _() -> Seen:
-    model = subject(
-        autoscaling={"maxReplicas": 3, "targetLatency": "200m"}, networking={"rateLimit": {"requestsPerSecond": 1}}
-    )
-    return model, Observed(now=NOW)
+    return subject(networking={"rateLimit": {"requestsPerSecond": 1}}), Observed(now=NOW)
+
+
+# --- autoscaling -----------------------------------------------------------------------------------------------------
+
+SERVES: dict[str, Row] = {
+    "ModelVerified": ("True", "Verified", "version 1 is loaded"),
+    "Available": ("True", "ReplicasAvailable", "1 of 1 replicas answer"),
+    "Progressing": ("True", "RolledOut", "every pod is of version 1"),
+}
+ACTIVE = (("AbleToScale", "True", "ReadyForNewScale"), ("ScalingActive", "True", "ValidMetricFound"))
+
+
+def autoscaled(*conditions: tuple[str, str, str], is_there: bool = True, **parts: Any) -> Seen:
+    """A model of one replica that answers, and its HPA in this state."""
+    model = subject(autoscaling={"maxReplicas": 3, "targetLatency": "200m"})
+    observed = seen(model, [ready(model, since=EARLIER)], deployment=deployment(model, is_rolled_out=True))
+    children = {place: body for place, body in observed.children.items() if place[0] is not HORIZONTAL_POD_AUTOSCALER}
+    if is_there:
+        children[HORIZONTAL_POD_AUTOSCALER, model.name] = hpa(model, conditions=conditions, **parts)
+    return model, replace(observed, children=children, loaded={"uid-fraud-1": loaded(capacity=10)})
+
+
+@case(
+    "autoscaler-not-there-yet",
+    ("False", "Unknown", "there is no HorizontalPodAutoscaler yet"),
+    AutoscalingReady=("Unknown", "Unknown", "there is no HorizontalPodAutoscaler yet"),
+    **SERVES,
+)
+def _() -> Seen:
+    return autoscaled(is_there=False)
+
+
+@case(
+    "autoscaler-has-read-nothing-yet",
+    ("False", "Unknown", "the HPA has not read its metrics yet"),
+    AutoscalingReady=("Unknown", "Unknown", "the HPA has not read its metrics yet"),
+    **SERVES,
+)
+def _() -> Seen:
+    return autoscaled()
+
+
+@case(
+    "autoscaler-reads",
+    ("True", "Ready", "version 1 answers"),
+    AutoscalingReady=("True", "MetricsRead", "the HPA reads inference_latency_seconds_concurrency, "),
+    **SERVES,
+)
+def _() -> Seen:
+    values = {"inference_latency_seconds_concurrency": "1234m", "inference_latency_seconds_pressure": "0"}
+    return autoscaled(*ACTIVE, ("ScalingLimited", "True", "TooFewReplicas"), values=values)
+
+
+@case(
+    "metrics-are-gone",
+    ("False", "MetricsUnavailable", "words about FailedGetObjectMetric"),
+    AutoscalingReady=("False", "MetricsUnavailable", "the HPA keeps 1 replicas: words about FailedGetObjectMetric"),
+    **SERVES,
+)
+def _() -> Seen:
+    return autoscaled(ACTIVE[0], ("ScalingActive", "False", "FailedGetObjectMetric"))
+
+
+@case(
+    "scale-cannot-be-read",
+    ("False", "MetricsUnavailable", "words about FailedGetScale"),
+    AutoscalingReady=("False", "MetricsUnavailable", "words about FailedGetScale"),
+    **SERVES,
+)
+def _() -> Seen:
+    return autoscaled(("AbleToScale", "False", "FailedGetScale"))
+
+
+@case(
+    "most-replicas-are-too-few",
+    ("False", "ScalingLimited", "spec.autoscaling.maxReplicas"),
+    AutoscalingReady=("False", "ScalingLimited", "more than the 3 replicas of spec.autoscaling.maxReplicas"),
+    **SERVES,
+)
+def _() -> Seen:
+    return autoscaled(*ACTIVE, ("ScalingLimited", "True", "TooManyReplicas"))
+
+
+@case(
+    "objective-is-below-the-service-time",
+    ("False", "TargetBelowServiceTime", "more replicas cannot help"),
+    AutoscalingReady=("False", "TargetBelowServiceTime", "over spec.autoscaling.targetLatency (200m)"),
+    **SERVES,
+)
+def _() -> Seen:
+    values = {"inference_latency_seconds_concurrency": "300m", "inference_latency_seconds_pressure": "1400m"}
+    return autoscaled(*ACTIVE, values=values)
 
 
 @case(

@@ -103,6 +103,7 @@ def test_gravest_reason_comes_first() -> None:
         {
             "runtime": {"accelerator": {"deviceClassName": "gpu"}},
             "autoscaling": {"maxReplicas": 2, "targetLatency": "1"},
+            "networking": {"rateLimit": {"requestsPerSecond": 1}},
         },
         {"requireDigest": True},
         foreign=[(DEPLOYMENT, "fraud"), (SERVICE, "fraud")],
@@ -111,7 +112,7 @@ def test_gravest_reason_comes_first() -> None:
         served_kinds=frozenset(),
     )
     assert [fault.reason for fault in every] == [
-        "NameClash", "NameClash", "ObjectRefused", "InvalidSpec", "KindNotServed", "NotSupportedYet",
+        "NameClash", "NameClash", "ObjectRefused", "InvalidSpec", "InvalidSpec", "KindNotServed", "NotSupportedYet",
     ]  # fmt: skip
     assert "Deployment ml/fraud, Service ml/fraud" in every[0].message
 
@@ -158,3 +159,21 @@ def test_every_reason_of_the_condition_can_be_given() -> None:
     given = {Reason.INVALID_SPEC, Reason.NAME_CLASH, Reason.NOT_SUPPORTED_YET, Reason.KIND_NOT_SERVED}
     given |= {Reason.UNKNOWN_BACKEND, Reason.OBJECT_REFUSED}
     assert set(CONDITIONS[ConditionType.ACCEPTED].otherwise) == given
+
+
+SCALING = {"maxReplicas": 2, "targetLatency": "1"}
+
+
+def test_autoscaling_needs_a_provider_of_the_settings() -> None:
+    reason, message = only({"autoscaling": SCALING}, {})
+    assert reason == "InvalidSpec"
+    assert "spec.autoscaling: the operator's settings name no autoscaling.provider" in message
+    assert found({"autoscaling": SCALING}, {"autoscaling": {"provider": "builtin"}}) == []
+
+
+def test_only_keda_can_wake_a_model_from_no_replicas() -> None:
+    kafka = {"kafka": {"secretRef": {"name": "mine"}, "requests": {}}}
+    spec = {"autoscaling": SCALING | {"minReplicas": 0}, "bindings": kafka}
+    reason, message = only(spec, {"autoscaling": {"provider": "builtin"}})
+    assert reason == "InvalidSpec"
+    assert "spec.autoscaling.minReplicas: expected at least 1, got 0" in message

@@ -414,7 +414,6 @@ async def test_spec_that_becomes_unreadable_leaves_what_serves_alone(world: Worl
 
 
 NOT_YET: dict[str, Object] = {
-    "spec.autoscaling": {"autoscaling": SCALING},
     "spec.networking.rateLimit": {"networking": {"rateLimit": {"requestsPerSecond": 5}}},
 }
 

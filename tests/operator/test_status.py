@@ -23,7 +23,7 @@ from objects import (
 )
 from status_cases import CASES, LATE, Case, alone, check, rows_of, status_of
 
-from phoenix_api import CONDITIONS, ConditionType, Reason
+from phoenix_api import Reason
 from phoenix_operator.kinds import POD_DISRUPTION_BUDGET
 from phoenix_operator.observed import Object, Observed, Refusal, Subject
 from phoenix_operator.settings import RouteKind, Routes, Settings
@@ -41,14 +41,19 @@ def test_conditions_are_those_of_the_table(case: Case) -> None:
 
 
 def test_table_shows_every_reason_that_the_operator_can_give() -> None:
-    """Those left out belong to autoscaling, which this release refuses."""
     shown = {reason for case in CASES for _, reason, _ in case.rows.values()}
-    not_yet = {
-        reason
-        for kind in (ConditionType.AUTOSCALING_READY,)
-        for reason in (*CONDITIONS[kind].when_true, *CONDITIONS[kind].otherwise)
-    }
-    assert set(Reason) - shown == not_yet
+    assert set(Reason) == shown
+
+
+def test_what_the_autoscaler_reads_is_told_in_round_numbers() -> None:
+    [case] = [case for case in CASES if case.id == "autoscaler-reads"]
+    model, observed = case.seen()
+    live = observed.autoscaler
+    assert live is not None
+    live["status"] |= {"currentReplicas": 3, "desiredReplicas": 2}
+    assert status_of(model, observed)["autoscaling"] == {
+        "concurrency": "3700m", "pressure": "0", "desiredReplicas": 2,
+    }  # fmt: skip
 
 
 # --- times -----------------------------------------------------------------------------------------------------------

@@ -34,7 +34,9 @@ class States:
     def __init__(self) -> None:
         self.loaded: Loaded | None = None
 
-    async def of(self, model: str, pods: Sequence[Pod], *, is_bound: bool = False) -> dict[str, Loaded]:
+    async def of(
+        self, model: str, pods: Sequence[Pod], *, is_bound: bool = False, is_autoscaled: bool = False
+    ) -> dict[str, Loaded]:
         return {pod.uid: self.loaded for pod in pods if pod.is_ready and self.loaded is not None}
 
 

@@ -3,7 +3,7 @@
 What should not exist is not in the list. Nothing here does I/O, reads a clock or the environment.
 """
 
-from phoenix_operator.desired import accelerator, bindings, config, deployment, network, policy
+from phoenix_operator.desired import accelerator, autoscaling, bindings, config, deployment, network, policy
 from phoenix_operator.desired.naming import sealed
 from phoenix_operator.kinds import HTTP_ROUTE, OPTIONAL, RESOURCE_CLAIM_TEMPLATE, kind_of
 from phoenix_operator.observed import Object, Observed, Subject
@@ -24,6 +24,7 @@ def desired_objects(
         # pods without the Secrets that they mount would wait where nobody looks
         None if bindings.is_held(subject, observed) else deployment.deployment(subject, observed, settings),
         policy.disruption_budget(subject),
+        autoscaling.autoscaler(subject, observed, settings),
         network.route(subject, settings),
         network.monitor(subject, settings),
     ]

@@ -10,7 +10,7 @@ from phoenix_operator.desired.bindings import topic_prefix, topics
 from phoenix_operator.desired.deployment import RESERVED_ENV
 from phoenix_operator.kinds import HTTP_ROUTE, RESOURCE_CLAIM_TEMPLATE, Kind
 from phoenix_operator.observed import Observed, Subject
-from phoenix_operator.settings import RouteKind, Settings
+from phoenix_operator.settings import AutoscalingProvider, RouteKind, Settings
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,8 +24,8 @@ class Fault:
 def faults(subject: Subject, observed: Observed, settings: Settings) -> list[Fault]:
     """Return every fault, the gravest reason first; an empty list accepts the model."""
     found = [*_clashes(subject, observed), *_refused(observed)]
-    found += [*_invalid(subject, settings), *_unknown(subject, observed, settings)]
-    found += [*_unbound(subject, settings), *_not_yet(subject)]
+    found += [*_invalid(subject, settings), *_unscaled(subject, settings)]
+    found += [*_unknown(subject, observed, settings), *_unbound(subject, settings), *_not_yet(subject)]
     return found
 
 
@@ -38,7 +38,6 @@ def _not_yet(subject: Subject) -> Iterator[Fault]:
     """Fields whose builders are not in this release: they are refused, because half a wish is none."""
     spec = subject.spec
     asked = {
-        "spec.autoscaling": spec.autoscaling,
         "spec.networking.rateLimit": spec.networking.rate_limit,
     }
     fields = [field for field, value in asked.items() if value]
@@ -106,6 +105,24 @@ def _unbound(subject: Subject, settings: Settings) -> Iterator[Fault]:
                         f"{field}: expected a topic that begins with {prefix}, because spec.bindings.kafka.backend "
                         f"gives access to no others, got {topic}; take secretRef for topics of your own",
                     )
+
+
+def _unscaled(subject: Subject, settings: Settings) -> Iterator[Fault]:
+    scaling, provider = subject.spec.autoscaling, settings.autoscaling.provider
+    if scaling is None:
+        return
+    if provider is None:
+        yield Fault(
+            Reason.INVALID_SPEC,
+            "spec.autoscaling: the operator's settings name no autoscaling.provider; remove it, or have one named",
+        )
+    elif provider is AutoscalingProvider.KEDA:
+        yield Fault(Reason.NOT_SUPPORTED_YET, "spec.autoscaling: not done with KEDA by this release yet; remove it")
+    elif scaling.min_replicas == 0:
+        yield Fault(
+            Reason.INVALID_SPEC,
+            "spec.autoscaling.minReplicas: expected at least 1, got 0; only the provider keda can wake a model again",
+        )
 
 
 def _missing_kind(kind: Kind, observed: Observed, field: str) -> Iterator[Fault]:

@@ -20,7 +20,14 @@ _NOT_READ: dict[str, Any] = {
     "runtime": {"image"},
     "runtime.accelerator": {"resource_name", "device_class_name", "profile", "count"},
     "bindings": {"deletion_policy": True, "kafka": {"partitions", "retention_hours"}},
-    "autoscaling": {"min_replicas", "max_replicas", "behavior", "scale_down_stabilization_seconds"},
+    "autoscaling": {
+        "min_replicas",
+        "max_replicas",
+        "concurrency_per_replica",
+        "metric",
+        "behavior",
+        "scale_down_stabilization_seconds",
+    },
 }
 _MOST_REVISIONS = 8
 
@@ -39,6 +46,8 @@ def server_manifest(subject: Subject) -> Object:
     if subject.spec.runtime.accelerator is not None:
         # an accelerator with nothing but defaults is one all the same
         spec.setdefault("runtime", {}).setdefault("accelerator", {})
+    if "autoscaling" in spec:
+        spec["autoscaling"]["maxReplicas"] = 1  # a field that must be there, and that no server reads
     return {
         "apiVersion": subject.model.api_version,
         "kind": subject.model.kind,

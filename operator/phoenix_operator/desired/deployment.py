@@ -10,6 +10,7 @@ from typing import Any
 from phoenix_api import Quantity, RolloutStrategy
 from phoenix_operator.desired import bindings, config
 from phoenix_operator.desired.accelerator import CLAIM, Ask, ask, prefers
+from phoenix_operator.desired.autoscaling import is_autoscaled
 from phoenix_operator.desired.naming import (
     GRPC_PORT,
     HTTP_PORT,
@@ -20,6 +21,7 @@ from phoenix_operator.desired.naming import (
     owned,
     selector,
     service_account_name,
+    spec_hash,
 )
 from phoenix_operator.desired.source import CREDENTIALS, STATE, source
 from phoenix_operator.kinds import DEPLOYMENT
@@ -55,12 +57,12 @@ _FLUSH_S = 10  # between the last answer and the end of the process
 
 
 def deployment(subject: Subject, observed: Observed, settings: Settings) -> Object:
-    """Return the Deployment of a model."""
+    """Return the Deployment of a model. Under autoscaling it says nothing about replicas."""
     spec = subject.spec
     template = pod_template(subject, observed, settings)
     body = {
         "spec": {
-            "replicas": spec.replicas,
+            **({} if is_autoscaled(subject) else {"replicas": spec.replicas}),
             "revisionHistoryLimit": 3,
             "progressDeadlineSeconds": spec.rollout.progress_deadline_seconds,
             "selector": {"matchLabels": selector(subject.name)},
@@ -101,11 +103,6 @@ def is_settled(subject: Subject, observed: Observed, settings: Settings) -> bool
         return True
     annotations = current["spec"]["template"]["metadata"].get("annotations", {})
     return annotations.get(TEMPLATE) == wanted and config.is_rolled_out(observed)
-
-
-def spec_hash(subject: Subject) -> str:
-    """Return a hash of the whole spec: it stands for what the user last asked for."""
-    return digest(subject.spec.model_dump(mode="json", by_alias=True, exclude_defaults=True))
 
 
 def is_withheld(subject: Subject, observed: Observed, settings: Settings) -> bool:

@@ -97,6 +97,11 @@ def digest(value: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
+def spec_hash(subject: Subject) -> str:
+    """Return a hash of the whole spec: it stands for what the user last asked for."""
+    return digest(subject.spec.model_dump(mode="json", by_alias=True, exclude_defaults=True))
+
+
 def sealed(manifest: Object) -> Object:
     """Return the object with its own hash as annotation, by which a changed wish is told from an unchanged one."""
     metadata = manifest["metadata"]

@@ -17,7 +17,8 @@ def disruption_budget(subject: Subject) -> Object | None:
 
     Pods that are not ready may always be evicted: a crash loop must not block a drain.
     """
-    if subject.spec.replicas < 2:
+    scaling = subject.spec.autoscaling
+    if (subject.spec.replicas if scaling is None else scaling.max_replicas) < 2:
         return None
     spec = {
         "maxUnavailable": 1,
