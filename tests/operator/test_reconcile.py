@@ -22,6 +22,7 @@ from phoenix_operator.kinds import (
     CONFIG_MAP,
     DEPLOYMENT,
     EVENT,
+    HORIZONTAL_POD_AUTOSCALER,
     NETWORK_POLICY,
     PHOENIX_MODEL,
     POD_DISRUPTION_BUDGET,
@@ -189,6 +190,50 @@ async def test_what_is_no_longer_wanted_is_deleted(world: World) -> None:
     assert world.cluster.of_kind(POD_DISRUPTION_BUDGET) == []
     await world.reconcile()
     assert places(world.cluster.writes, "delete") == []
+
+
+# --- replicas of an autoscaler ---------------------------------------------------------------------------------------
+
+
+@scenario
+async def test_autoscaler_has_the_replicas_for_itself(world: World) -> None:
+    world.create(autoscaling=SCALING | {"minReplicas": 2})
+    await serving(world)
+    assert world.child(DEPLOYMENT)["spec"]["replicas"] == 2
+    world.cluster.edit(DEPLOYMENT, "fraud", lambda body: body["spec"].update(replicas=3))
+    for _ in range(50):
+        await world.reconcile()
+    assert world.child(DEPLOYMENT)["spec"]["replicas"] == 3
+    world.create(autoscaling=SCALING, model={"uri": "x", "version": "2"})
+    await world.reconcile()
+    assert world.child(DEPLOYMENT)["spec"]["replicas"] == 3
+    assert world.status()["replicas"]["desired"] == 3
+
+
+@scenario
+async def test_autoscaler_goes_before_the_replicas_are_set(world: World) -> None:
+    world.create(autoscaling=SCALING)
+    await serving(world)
+    world.cluster.take_writes()
+    world.create(replicas=5)
+    await world.reconcile()
+    writes = [call for call in world.cluster.writes if call.kind in (DEPLOYMENT, HORIZONTAL_POD_AUTOSCALER)]
+    assert [(call.verb, call.kind) for call in writes] == [
+        ("delete", HORIZONTAL_POD_AUTOSCALER), ("patch", DEPLOYMENT),
+    ]  # fmt: skip
+    assert world.child(DEPLOYMENT)["spec"]["replicas"] == 5
+
+
+@scenario
+async def test_pod_is_asked_again_until_its_capacity_is_measured(world: World) -> None:
+    world.create(autoscaling=SCALING)
+    world.states.loaded = loaded()
+    await serving(world)
+    assert await world.reconcile() == 15
+    world.states.loaded = loaded(capacity=10)
+    assert await world.reconcile() is None
+    metrics = world.child(HORIZONTAL_POD_AUTOSCALER)["spec"]["metrics"]
+    assert [row["object"]["target"].get("averageValue") for row in metrics] == ["7", None]
 
 
 @scenario

@@ -9,7 +9,7 @@ import kubernetes_validate
 import pytest
 import yaml
 from memory_cluster import Call, MemoryCluster
-from objects import NAMESPACE, loaded
+from objects import NAMESPACE, SETTINGS, loaded
 from pod_security import violations
 from watch_server import Sink, WatchServer, watching
 from world import World
@@ -120,6 +120,13 @@ async def live(cluster: MemoryCluster) -> None:
     for _ in range(2):
         world.cluster.edit(DEPLOYMENT, "fraud", lambda body: body["spec"].update(replicas=9))
         await world.reconcile()
+    # an autoscaler, and none again
+    world.settings = SETTINGS
+    world.start()
+    world.create(autoscaling={"maxReplicas": 3, "targetLatency": "1"})
+    await world.reconcile()
+    world.create()
+    await world.reconcile()
     # the least that a model can be: whatever it need not have goes
     world.create(model={"uri": "configmap://m/x.onnx"}, networking={}, pod={"serviceAccountName": "own"})
     await world.reconcile()

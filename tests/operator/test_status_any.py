@@ -13,6 +13,7 @@ from objects import (
     deployment,
     ended,
     evicted,
+    hpa,
     loaded,
     loading,
     own_words,
@@ -27,6 +28,8 @@ from specs import GOOD
 from status_cases import rows_of, status_of
 
 from phoenix_api import Reason
+from phoenix_operator.desired import autoscaling
+from phoenix_operator.desired.autoscaling import is_autoscaled
 from phoenix_operator.desired.deployment import template_hash
 from phoenix_operator.kinds import CHILDREN, OPTIONAL
 from phoenix_operator.observed import Missing, Object, Observed, Pod, Reference, Refusal, Subject
@@ -87,6 +90,18 @@ def live_deployments(draw: st.DrawFn, model: Subject) -> Object | None:
 
 
 @st.composite
+def live_autoscalers(draw: st.DrawFn, model: Subject) -> Object:
+    reasons = ["FailedGetScale", "FailedGetObjectMetric", "ScalingDisabled", "TooManyReplicas", "ValidMetricFound"]
+    kinds = ["AbleToScale", "ScalingActive", "ScalingLimited", "New"]
+    rows = st.tuples(st.sampled_from(kinds), st.sampled_from(["True", "False", "Unknown"]), st.sampled_from(reasons))
+    names = [autoscaling.CONCURRENCY, autoscaling.PRESSURE, autoscaling.LATENCY, "another"]
+    values = st.dictionaries(st.sampled_from(names), st.sampled_from(["0", "1", "900m", "1500m", "123456789", "1e3"]))
+    return hpa(
+        model, conditions=draw(st.lists(rows, max_size=4)), values=draw(values), replicas=draw(st.integers(0, 9))
+    )
+
+
+@st.composite
 def situations(draw: st.DrawFn) -> tuple[Subject, Observed]:
     """A model with the cluster around it."""
     model = subject(generation=draw(st.integers(0, 3)), **draw(st.sampled_from(SPECS)))
@@ -95,6 +110,8 @@ def situations(draw: st.DrawFn) -> tuple[Subject, Observed]:
     children = {place: body for place, body in children.items() if body["kind"] != "Deployment"}
     if live is not None:
         children |= by_place([live])
+    if is_autoscaled(model) and draw(st.booleans()):
+        children |= by_place([draw(live_autoscalers(model))])
     bare = Observed(children=children)
     kinds = st.sampled_from(CHILDREN)
     seen = draw(pods(model, bare))
