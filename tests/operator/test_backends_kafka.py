@@ -29,6 +29,7 @@ from confluent_kafka.admin import (
     ResourceType,
     ScramCredentialInfo,
     ScramMechanism,
+    UserScramCredentialDeletion,
     UserScramCredentialUpsertion,
 )
 from faulty_proxy import proxy_to
@@ -581,6 +582,46 @@ async def test_backend_that_is_down_hangs_or_is_back_again(
         async with using(KIND, admin) as backend:
             await backend.ensure(tenant, login)
     assert_silent(everything_logged, admin["password"])
+
+
+def _bucket(name: str) -> int:
+    """Where a Java HashMap of few entries keeps a name: it is read in this order."""
+    code = 0
+    for character in name:
+        code = (31 * code + ord(character)) & 0xFFFFFFFF
+    return (code ^ code >> 16) & 15
+
+
+@on_a_loop
+async def test_broker_that_has_forgotten_every_user_is_given_them_again(
+    kafka_factory: Callable[..., KafkaBroker],
+) -> None:
+    """Kafka 4.1.1 forgets them at a start if one was removed before whose name it comes to first (ScramDelta.apply)."""
+    broker = kafka_factory(is_secure=True)
+    admin = admin_of(broker, **{"sasl-mechanism": "PLAIN"})  # whose password the configuration has
+    tenant = model()
+    async with using(KIND, admin) as backend:
+        login = login_of(backend, tenant)
+        last = min(_bucket(login.username), _bucket("admin"))
+        gone = next(name for name in map(str, itertools.count()) if _bucket(name) < last)
+        await backend.ensure(tenant, login)
+        pod = Pod(broker, backend.binding(tenant, login))
+        topic = tenant.topics[0].name
+        chief(broker).alter_user_scram_credentials([_user(gone)])[gone].result(DEADLINE_S)
+        removal = UserScramCredentialDeletion(gone, ScramMechanism.SCRAM_SHA_512)
+        chief(broker).alter_user_scram_credentials([removal])[gone].result(DEADLINE_S)
+        assert pod.produce(topic) is None
+        broker.stop()
+        broker.start()
+        error = pod.produce(topic)
+        assert error is not None
+        assert error.code() == KafkaError._AUTHENTICATION
+        await backend.ensure(tenant, login)
+        assert pod.produce(topic) is None
+
+
+def _user(name: str) -> UserScramCredentialUpsertion:
+    return UserScramCredentialUpsertion(name, ScramCredentialInfo(ScramMechanism.SCRAM_SHA_512, 4096), b"a-password")
 
 
 @on_a_loop
