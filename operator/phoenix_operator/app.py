@@ -25,7 +25,9 @@ from phoenix_operator.kinds import (
     PHOENIX_MODEL,
     POD,
     POD_MONITOR,
+    SCALED_OBJECT,
     SERVICE_MONITOR,
+    TRIGGER_AUTHENTICATION,
     Kind,
 )
 from phoenix_operator.leader import Lease
@@ -37,7 +39,7 @@ from phoenix_operator.queue import KeyedQueue
 from phoenix_operator.reconcile import Parts, Reconciler
 from phoenix_operator.recorder import Recorder
 from phoenix_operator.resync import Resync
-from phoenix_operator.settings import MonitorKind, RouteKind, Settings
+from phoenix_operator.settings import AutoscalingProvider, MonitorKind, RouteKind, Settings
 from phoenix_operator.store import Key, Store
 
 _log = logging.getLogger(__name__)
@@ -64,6 +66,8 @@ def watched_kinds(settings: Settings, served: frozenset[Kind]) -> tuple[Kind, ..
     switched = {
         HTTP_ROUTE: settings.routes.kind is RouteKind.HTTP_ROUTE,
         POD_MONITOR: settings.monitoring.kind is MonitorKind.POD_MONITOR,
+        TRIGGER_AUTHENTICATION: settings.autoscaling.provider is AutoscalingProvider.KEDA,
+        SCALED_OBJECT: settings.autoscaling.provider is AutoscalingProvider.KEDA,
         SERVICE_MONITOR: settings.monitoring.kind is MonitorKind.SERVICE_MONITOR,
     }
     return (PHOENIX_MODEL, POD, *(kind for kind in CHILDREN if switched.get(kind, True) or kind in served))

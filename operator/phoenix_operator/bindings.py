@@ -188,6 +188,7 @@ class Bindings:
                 each.kind,
                 digest=desired.content_hash(secret),
                 ports=desired.ports_of(each.kind, values),
+                access=desired.access_of(each.kind, values),
                 message=f"{each.kind}: Secret {each.secret}",
             ),
             None,
@@ -211,10 +212,12 @@ class Bindings:
         self._retiring.pop(access.place, None)
         if SecretMarks.read(stored).retiring:
             self._retiring[access.place] = stored
+        values = desired.values_of(stored)
         return BindingSeen(
             each.kind,
             digest=desired.content_hash(stored),
-            ports=desired.ports_of(each.kind, desired.values_of(stored)),
+            ports=desired.ports_of(each.kind, values),
+            access=desired.access_of(each.kind, values),
             reason=error.reason if error else Reason.BOUND,
             message=f"{each.field}: {error.message}" if error else f"{each.kind}: backend {each.backend}",
         )

@@ -49,6 +49,8 @@ POD_DISRUPTION_BUDGET = Kind("policy", "v1", "PodDisruptionBudget", "poddisrupti
 NETWORK_POLICY = Kind("networking.k8s.io", "v1", "NetworkPolicy", "networkpolicies")
 RESOURCE_CLAIM_TEMPLATE = Kind("resource.k8s.io", "v1", "ResourceClaimTemplate", "resourceclaimtemplates")
 HORIZONTAL_POD_AUTOSCALER = Kind("autoscaling", "v2", "HorizontalPodAutoscaler", "horizontalpodautoscalers")
+TRIGGER_AUTHENTICATION = Kind("keda.sh", "v1alpha1", "TriggerAuthentication", "triggerauthentications")
+SCALED_OBJECT = Kind("keda.sh", "v1alpha1", "ScaledObject", "scaledobjects")
 INGRESS = Kind("networking.k8s.io", "v1", "Ingress", "ingresses")
 HTTP_ROUTE = Kind("gateway.networking.k8s.io", "v1", "HTTPRoute", "httproutes")
 POD_MONITOR = Kind("monitoring.coreos.com", "v1", "PodMonitor", "podmonitors")
@@ -71,13 +73,17 @@ CHILDREN = (
     DEPLOYMENT,
     POD_DISRUPTION_BUDGET,
     HORIZONTAL_POD_AUTOSCALER,
+    TRIGGER_AUTHENTICATION,
+    SCALED_OBJECT,
     INGRESS,
     HTTP_ROUTE,
     POD_MONITOR,
     SERVICE_MONITOR,
 )
 # Kinds of the table above that a cluster need not serve.
-OPTIONAL = frozenset({RESOURCE_CLAIM_TEMPLATE, HTTP_ROUTE, POD_MONITOR, SERVICE_MONITOR})
+OPTIONAL = frozenset(
+    {RESOURCE_CLAIM_TEMPLATE, TRIGGER_AUTHENTICATION, SCALED_OBJECT, HTTP_ROUTE, POD_MONITOR, SERVICE_MONITOR}
+)
 # Kinds whose spec can never change: another wish is another object of the same name.
 IMMUTABLE = frozenset({RESOURCE_CLAIM_TEMPLATE})
 _BY_NAME = {(kind.api_version, kind.kind): kind for kind in (*CHILDREN, PHOENIX_MODEL, POD, SECRET)}

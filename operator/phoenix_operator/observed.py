@@ -12,7 +12,7 @@ from enum import StrEnum
 from typing import Any
 
 from phoenix_api import PhoenixModel, PhoenixModelSpec, Reason
-from phoenix_operator.kinds import CONFIG_MAP, DEPLOYMENT, HORIZONTAL_POD_AUTOSCALER, Kind
+from phoenix_operator.kinds import CONFIG_MAP, DEPLOYMENT, HORIZONTAL_POD_AUTOSCALER, SCALED_OBJECT, Kind
 
 Object = dict[str, Any]
 CONTAINER = "server"  # the container of ours in a pod; a mesh may put others beside it
@@ -127,6 +127,7 @@ class BindingSeen:
     kind: str  # redis, kafka or postgresql
     digest: str = ""  # of the Secret's content; empty while there is no Secret that pods could use
     ports: tuple[int, ...] = ()  # TCP ports of the backend
+    access: Mapping[str, str] = field(default_factory=dict)  # what of the Secret is no secret, for who else may log in
     reason: Reason = Reason.BOUND
     message: str = ""
 
@@ -288,6 +289,11 @@ class Observed:
     def autoscaler(self) -> Object | None:
         """The model's HorizontalPodAutoscaler."""
         return self._child(HORIZONTAL_POD_AUTOSCALER)
+
+    @property
+    def scaled_object(self) -> Object | None:
+        """The model's ScaledObject."""
+        return self._child(SCALED_OBJECT)
 
     @property
     def manifests(self) -> Mapping[str, str]:

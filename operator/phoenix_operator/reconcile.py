@@ -36,6 +36,7 @@ from phoenix_operator.kinds import (
     IMMUTABLE,
     PHOENIX_MODEL,
     POD,
+    SCALED_OBJECT,
     SECRET,
     Kind,
     kind_of,
@@ -51,6 +52,7 @@ from phoenix_operator.store import Key, Store
 
 _log = logging.getLogger(__name__)
 _SOON_S, _LATER_S, _REFUSED_S = 2.0, 15.0, 30.0
+_AUTOSCALERS = (HORIZONTAL_POD_AUTOSCALER, SCALED_OBJECT)
 _LAST_PODS_S = 60  # for pods to be ended, besides their drain and their longest request
 
 
@@ -262,7 +264,7 @@ class Reconciler:
         refused = self._refused.setdefault(key, {})
         places = {_place(manifest) for manifest in wanted}
         # an autoscaler that is not wanted any more goes before the number it would change back
-        await self._prune(subject, live, {place for place in live if place[0] is HORIZONTAL_POD_AUTOSCALER} - places)
+        await self._prune(subject, live, {place for place in live if place[0] in _AUTOSCALERS} - places)
         for manifest in wanted:
             place = _place(manifest)
             body = live.get(place)

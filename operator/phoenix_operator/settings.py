@@ -7,11 +7,11 @@ file that is not there. Pure modules get `Settings` as an argument and read noth
 import re
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Self
 from urllib.parse import urlsplit
 
 import yaml
-from pydantic import AfterValidator, Field, ValidationError
+from pydantic import AfterValidator, Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
 from phoenix_api import Quantity
@@ -181,6 +181,12 @@ class AutoscalingSettings(ApiObject):
         default_factory=ServingCertificate, description="The serving certificate of the metrics API."
     )
     https_port: Whole = Field(8443, ge=0, le=65535, description="Port of the metrics API.")
+
+    @model_validator(mode="after")
+    def _has_an_address(self) -> Self:
+        if self.provider is AutoscalingProvider.KEDA and self.prometheus.url is None:
+            raise PydanticCustomError("rule", "expected prometheus.url, which KEDA is to ask, with the provider keda")
+        return self
 
 
 def _not_zero(value: int) -> int:

@@ -33,6 +33,7 @@ from phoenix_operator.desired.autoscaling import (
 )
 from phoenix_operator.desired.bindings import asked as asked_bindings
 from phoenix_operator.desired.deployment import is_in_place, is_withheld, template_hash
+from phoenix_operator.desired.keda import is_keda
 from phoenix_operator.desired.naming import GRPC_PORT, HTTP_PORT, selector
 from phoenix_operator.desired.network import path_prefix
 from phoenix_operator.observed import TEMPLATE, Loaded, Object, Observed, Pod, Subject, stamp
@@ -315,6 +316,8 @@ class _View:
         return _yes(Reason.BOUND, "; ".join(seen[kind].message for kind in asked))
 
     def _autoscaling_ready(self) -> Verdict:
+        if is_keda(self.subject, self.settings):
+            return self._keda_ready()
         live = self.observed.autoscaler
         if live is None:
             return _unknown(_NOTHING_DONE if self.is_left_alone else "there is no HorizontalPodAutoscaler yet")
@@ -346,6 +349,24 @@ class _View:
                 "raise it if there is room",
             )
         return _yes(Reason.METRICS_READ, f"the HPA reads {', '.join(sorted(current_values(live))) or 'its metrics'}")
+
+    def _keda_ready(self) -> Verdict:
+        live = self.observed.scaled_object
+        if live is None:
+            return _unknown(_NOTHING_DONE if self.is_left_alone else "there is no ScaledObject yet")
+        rows = {row["type"]: row for row in live.get("status", {}).get("conditions") or []}
+        told = rows.get("Ready", {})
+        if told.get("status") == "False":
+            words = told.get("message") or told.get("reason")
+            return _no(Reason.METRICS_UNAVAILABLE, f"KEDA does not scale: {words}; see `kubectl describe scaledobject`")
+        if rows.get("Fallback", {}).get("status") == "True":
+            return _no(
+                Reason.METRICS_UNAVAILABLE,
+                "KEDA cannot read a metric and has fallen back to replicas that are there; see that Prometheus answers",
+            )
+        if told.get("status") != "True":
+            return _unknown("KEDA has not looked at the ScaledObject yet")
+        return _yes(Reason.METRICS_READ, "KEDA reads its triggers")
 
     def scaling(self) -> ScalingStatus | None:
         """Return what the autoscaler last read and wants; rounded, or each look would be another status."""

@@ -24,7 +24,7 @@ PROFILES = ("nvidia-l4", "dra")  # of the operator's settings
 _CRD = yaml.safe_load((Path(__file__).parents[2] / "crds/phoenixmodels.yaml").read_text())
 SPEC: Object = _CRD["spec"]["versions"][0]["schema"]["openAPIV3Schema"]["properties"]["spec"]
 # This release refuses these, which would leave the rest of the spec untried.
-_NOT_YET = {"autoscaling", "features", "bindings", "rateLimit"}
+_NOT_YET = {"features", "bindings", "rateLimit"}
 
 NASTY = [
     *(
@@ -62,6 +62,15 @@ _KEYS = [
     *("", "a b", "/", "a/b/c", "-", "ключ", "a\nb", "x" * 64, "x" * 2000),
 ]  # fmt: skip
 _HOSTS = ["models.example.com", "a.b", "x", "1.2.3.4", "127.0.0.1", "xn--bcher-kva.example", f"{'l' * 63}.example.com"]
+_BEHAVIORS: list[Any] = [
+    {"scaleDown": {"stabilizationWindowSeconds": 0, "policies": [{"type": "Pods", "value": 1, "periodSeconds": 120}]}},
+    {"scaleUp": {"selectPolicy": "Disabled"}, "scaleDown": None},
+    {},
+    {"scaleUp": {"tolerance": "50m", "policies": [{"type": "Percent", "value": 0, "periodSeconds": 1}]}},
+    {"scaleUp": {"stabilizationWindowSeconds": 3601}},
+    {"scaleUp": {"policies": []}},
+    {"scaleSideways": {}},
+]
 _AFFINITIES: list[Any] = [
     {"nodeAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": {"nodeSelectorTerms": [
         {"matchExpressions": [{"key": "gpu", "operator": "In", "values": ["a", "b"]}]}]}}},
@@ -419,7 +428,7 @@ _SPECIAL: dict[str, Callable[[Maker], Any]] = {
     "networking.allowFrom[]": lambda maker: maker._passed_on(_PEERS),
     "runtime.accelerator.profile": Maker._profile,
     "runtime.accelerator.resourceName": Maker._resource_name,
-    "autoscaling.behavior": Maker._nonsense,
+    "autoscaling.behavior": lambda maker: maker._passed_on(_BEHAVIORS),
     "pod.affinity": lambda maker: maker._passed_on(_AFFINITIES),
     "pod.env[].name": Maker._variable,
     "pod.env[].valueFrom": lambda maker: maker._passed_on(_VALUE_FROM),

@@ -16,6 +16,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(Path(__file__).parent), str(ROOT / "tests/operator"), str(ROOT / "tests/phoenix_api")]
 
+import foreign_crds  # noqa: E402
 from api_client import ApiServer  # noqa: E402
 from lab import LabError, cluster, control_plane  # noqa: E402
 from lab.state import Lab, only_one  # noqa: E402
@@ -41,11 +42,12 @@ def server(pytestconfig: pytest.Config) -> Iterator[ApiServer]:
             stack.callback(cluster.down, lab)
             try:
                 kubeconfig = cluster.up_control_plane(lab, controllers=False)
+                crds = [ROOT / "crds/phoenixmodels.yaml", *foreign_crds.files()]
             except (LabError, OSError, subprocess.CalledProcessError) as error:
                 reason = f"no API server: {error}"
                 if "cluster" in os.environ.get("PHOENIX_REQUIRE", "").split(","):
                     pytest.fail(reason)
                 pytest.skip(reason)
-        control_plane.kubectl(lab, "apply", "--server-side", "-f", str(ROOT / "crds/phoenixmodels.yaml"))
-        control_plane.kubectl(lab, "wait", "--for=condition=Established", "crd/phoenixmodels.phoenix-ml.io")
+        control_plane.kubectl(lab, "apply", "--server-side", *(f"--filename={file}" for file in crds))
+        control_plane.kubectl(lab, "wait", "--for=condition=Established", "crd", "--all")
         yield ApiServer(kubeconfig, lab.audit_log)

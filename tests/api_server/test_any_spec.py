@@ -44,6 +44,7 @@ SETTINGS: Object = {
         },
         "dra": {"deviceClassName": "gpu.nvidia.com"},
     },
+    "autoscaling": {"provider": "builtin"},
     "apiRequestsPerSecond": 2000,
     "leaseSeconds": 15,
 }
@@ -301,8 +302,11 @@ def wanted(model: Object) -> set[tuple[str, str]]:
         found.add(("Deployment", name))
     if "serviceAccountName" not in spec["pod"]:
         found.add(("ServiceAccount", name))
-    if spec["replicas"] > 1:
+    scaling = spec.get("autoscaling")
+    if (scaling["maxReplicas"] if scaling else spec["replicas"]) > 1:
         found.add(("PodDisruptionBudget", name))
+    if scaling:
+        found.add(("HorizontalPodAutoscaler", name))
     if "host" in spec["networking"]:
         found.add(("Ingress", name))
     accelerator = spec["runtime"].get("accelerator", {})

@@ -63,7 +63,7 @@ def test_there_are_golden_files_of_every_kind_that_is_served(
 ) -> None:
     counted = Counter(str(kind_of(body)) for objects in applied.values() for body, _, _ in objects)
     print(f"{counted.total()} objects of {len(FILES)} files: {dict(counted)}")
-    assert counted.keys() == {str(kind) for kind in served}
+    assert counted.keys() == {str(kind) for kind in served} == {str(kind) for kind in CHILDREN}
 
 
 @pytest.mark.parametrize("name", [file.stem for file in FILES])

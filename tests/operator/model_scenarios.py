@@ -6,7 +6,7 @@
 
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +62,15 @@ BACKENDS: Object = {
 
 def _with_secrets(_: Subject, __: Settings) -> Observed:
     ports = {"redis": (6379,), "kafka": (9092, 9093), "postgresql": (5432,)}
-    seen = {kind: BindingSeen(kind, digest=f"{kind}-content", ports=numbers) for kind, numbers in ports.items()}
+    kafka = {
+        "bootstrap-servers": "kafka.example.com:9093", "security-protocol": "SASL_SSL",
+        "sasl-mechanism": "SCRAM-SHA-512", "certificates": "",
+    }  # fmt: skip
+    access = {"kafka": kafka}
+    seen = {
+        kind: BindingSeen(kind, digest=f"{kind}-content", ports=numbers, access=access.get(kind, {}))
+        for kind, numbers in ports.items()
+    }
     return Observed(served_kinds=OPTIONAL, bindings=seen)
 
 
@@ -82,6 +90,10 @@ def _version_2_serves(model: Subject, settings: Settings) -> Observed:
     children[DEPLOYMENT, model.name] = wanted[DEPLOYMENT, model.name]
     assert (CONFIG_MAP, f"{model.name}-model") in children
     return Observed(children=children, served_kinds=OPTIONAL)
+
+
+def _measured_with_secrets(model: Subject, settings: Settings) -> Observed:
+    return replace(_with_secrets(model, settings), loaded=_measured(model, settings).loaded)
 
 
 @dataclass(frozen=True)
@@ -199,6 +211,12 @@ SCENARIOS: dict[str, Scenario] = {
     ),
     "autoscaling-latency": Scenario(
         {"autoscaling": {"maxReplicas": 4, "targetLatency": "0.25", "metric": "Latency"}}, SCALES
+    ),
+    "autoscaling-keda": Scenario(
+        BOUND | {"autoscaling": {"minReplicas": 0, "maxReplicas": 8, "targetLatency": "200m"}},
+        BACKENDS
+        | {"autoscaling": {"provider": "keda", "prometheus": {"url": "http://prometheus.monitoring.svc:9090"}}},
+        seen=_measured_with_secrets,
     ),
     "bindings": Scenario(BOUND, BACKENDS, seen=_with_secrets),
     "replicas-0": Scenario({"replicas": 0}),

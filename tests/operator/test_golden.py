@@ -12,11 +12,21 @@ from pod_security import violations
 from specs import GOOD, Case
 
 from phoenix_operator.desired.naming import labels
-from phoenix_operator.kinds import CHILDREN, CONFIG_MAP, DEPLOYMENT, HTTP_ROUTE, POD_MONITOR, SERVICE_MONITOR, kind_of
+from phoenix_operator.kinds import (
+    CHILDREN,
+    CONFIG_MAP,
+    DEPLOYMENT,
+    HTTP_ROUTE,
+    POD_MONITOR,
+    SCALED_OBJECT,
+    SERVICE_MONITOR,
+    TRIGGER_AUTHENTICATION,
+    kind_of,
+)
 from phoenix_operator.observed import Object
 
 KUBERNETES = ("1.34", "1.35", "1.36", "1.37")
-FROM_CRDS = (HTTP_ROUTE, POD_MONITOR, SERVICE_MONITOR)
+FROM_CRDS = (HTTP_ROUTE, POD_MONITOR, SCALED_OBJECT, SERVICE_MONITOR, TRIGGER_AUTHENTICATION)
 each_scenario = pytest.mark.parametrize("name", SCENARIOS)
 each_good_spec = pytest.mark.parametrize("case", GOOD, ids=lambda case: case.id)
 

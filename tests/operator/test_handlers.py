@@ -9,9 +9,20 @@ from watch_server import Sink, WatchServer, watching
 from phoenix_operator.app import watched_kinds
 from phoenix_operator.kinds import CHILDREN, DEPLOYMENT, OPTIONAL, PHOENIX_MODEL, POD, POD_MONITOR, Kind
 from phoenix_operator.observed import Object
-from phoenix_operator.settings import Monitoring, MonitorKind, RouteKind, Routes, Settings
+from phoenix_operator.settings import (
+    AutoscalingProvider,
+    AutoscalingSettings,
+    Monitoring,
+    MonitorKind,
+    Prometheus,
+    RouteKind,
+    Routes,
+    Settings,
+)
 
 SELECTOR = "app.kubernetes.io/managed-by=phoenix-operator"
+
+PROMETHEUS = Prometheus(url="http://prometheus")
 
 
 def model(name: str, version: int = 1) -> Object:
@@ -85,19 +96,24 @@ def test_kind_that_the_cluster_does_not_serve_keeps_nobody_waiting(
 
 
 @pytest.mark.parametrize(
-    ("settings", "left_out"),
+    ("settings", "watched"),
     [
-        (Settings(), {"HTTPRoute", "PodMonitor", "ServiceMonitor"}),
-        (Settings(routes=Routes(kind=RouteKind.HTTP_ROUTE)), {"PodMonitor", "ServiceMonitor"}),
-        (Settings(monitoring=Monitoring(kind=MonitorKind.POD_MONITOR)), {"HTTPRoute", "ServiceMonitor"}),
-        (Settings(monitoring=Monitoring(kind=MonitorKind.SERVICE_MONITOR)), {"HTTPRoute", "PodMonitor"}),
+        (Settings(), set()),
+        (Settings(routes=Routes(kind=RouteKind.HTTP_ROUTE)), {"HTTPRoute"}),
+        (Settings(monitoring=Monitoring(kind=MonitorKind.POD_MONITOR)), {"PodMonitor"}),
+        (Settings(monitoring=Monitoring(kind=MonitorKind.SERVICE_MONITOR)), {"ServiceMonitor"}),
+        (
+            Settings(autoscaling=AutoscalingSettings(provider=AutoscalingProvider.KEDA, prometheus=PROMETHEUS)),
+            {"ScaledObject", "TriggerAuthentication"},
+        ),
     ],
 )
 def test_kinds_that_no_setting_leads_to_are_watched_only_where_old_ones_may_be(
-    settings: Settings, left_out: set[str]
+    settings: Settings, watched: set[str]
 ) -> None:
+    switched = {"HTTPRoute", "PodMonitor", "ServiceMonitor", "ScaledObject", "TriggerAuthentication"}
     every = {PHOENIX_MODEL, POD, *CHILDREN}
     kinds = watched_kinds(settings, frozenset())
-    assert {str(kind) for kind in every - set(kinds)} == left_out
+    assert {str(kind) for kind in every - set(kinds)} == switched - watched
     assert len(set(kinds)) == len(kinds)
     assert set(watched_kinds(settings, OPTIONAL)) == every

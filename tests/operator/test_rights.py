@@ -43,6 +43,7 @@ OTHER_WAYS = Settings.model_validate(
     {
         "routes": {"kind": "HTTPRoute", "gateway": {"name": "web", "namespace": "gateways"}},
         "monitoring": {"kind": "ServiceMonitor"},
+        "autoscaling": {"provider": "keda", "prometheus": {"url": "http://prometheus"}},
         "networkPolicies": False,
     },
     by_alias=True,
@@ -133,7 +134,9 @@ async def live(cluster: MemoryCluster) -> None:
     # other settings, after a restart
     world.settings = OTHER_WAYS
     world.start()
-    world.create(**host)
+    kafka = {"kafka": {"secretRef": {"name": SECRET_NAME}, "requests": {}}}
+    world.secret(SECRET_NAME, type="kafka", bootstrap_servers="k:9092", security_protocol="SASL_SSL")
+    world.create(**host, autoscaling={"maxReplicas": 3, "targetLatency": "1"}, bindings=kafka)
     await world.reconcile()
     world.settings = Settings(network_policies=False)
     world.start()

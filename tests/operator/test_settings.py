@@ -86,6 +86,7 @@ def test_file_is_read_in_the_spelling_of_the_api(tmp_path: Path) -> None:
         ({"backends": [backend(replicationFactor=0)]}, "backends.0.replicationFactor"),
         ({"backends": [backend(capabilities={"manageUsers": "no"})]}, "backends.0.capabilities.manageUsers"),
         ({"autoscaling": {"provider": "hpa"}}, "autoscaling.provider"),
+        ({"autoscaling": {"provider": "keda"}}, "autoscaling: expected prometheus.url"),
         ({"autoscaling": {"prometheus": {"url": "prometheus:9090"}}}, "autoscaling.prometheus.url"),
         ({"autoscaling": {"prometheus": {"url": "ftp://prometheus"}}}, "autoscaling.prometheus.url"),
         ({"autoscaling": {"prometheus": {"url": "http://prometheus:x"}}}, "autoscaling.prometheus.url"),

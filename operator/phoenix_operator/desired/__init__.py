@@ -3,9 +3,9 @@
 What should not exist is not in the list. Nothing here does I/O, reads a clock or the environment.
 """
 
-from phoenix_operator.desired import accelerator, autoscaling, bindings, config, deployment, network, policy
+from phoenix_operator.desired import accelerator, autoscaling, bindings, config, deployment, keda, network, policy
 from phoenix_operator.desired.naming import sealed
-from phoenix_operator.kinds import HTTP_ROUTE, OPTIONAL, RESOURCE_CLAIM_TEMPLATE, kind_of
+from phoenix_operator.kinds import POD_MONITOR, SERVICE_MONITOR, kind_of
 from phoenix_operator.observed import Object, Observed, Subject
 from phoenix_operator.settings import Settings
 
@@ -25,10 +25,12 @@ def desired_objects(
         None if bindings.is_held(subject, observed) else deployment.deployment(subject, observed, settings),
         policy.disruption_budget(subject),
         autoscaling.autoscaler(subject, observed, settings),
+        keda.trigger_authentication(subject, observed, settings),
+        keda.scaled_object(subject, observed, settings),
         network.route(subject, settings),
         network.monitor(subject, settings),
     ]
     # a monitor is the cluster's wish, not the model's: where its kind is missing, models are served all the same
-    unserved = OPTIONAL - observed.served_kinds - {RESOURCE_CLAIM_TEMPLATE, HTTP_ROUTE}
+    unserved = {POD_MONITOR, SERVICE_MONITOR} - observed.served_kinds
     wanted = [manifest for manifest in wanted if manifest is None or kind_of(manifest) not in unserved]
     return [sealed(manifest) for manifest in wanted if manifest is not None]

@@ -8,7 +8,7 @@ from phoenix_operator.desired.accelerator import ask
 from phoenix_operator.desired.bindings import asked as asked_bindings
 from phoenix_operator.desired.bindings import topic_prefix, topics
 from phoenix_operator.desired.deployment import RESERVED_ENV
-from phoenix_operator.kinds import HTTP_ROUTE, RESOURCE_CLAIM_TEMPLATE, Kind
+from phoenix_operator.kinds import HTTP_ROUTE, RESOURCE_CLAIM_TEMPLATE, SCALED_OBJECT, Kind
 from phoenix_operator.observed import Observed, Subject
 from phoenix_operator.settings import AutoscalingProvider, RouteKind, Settings
 
@@ -24,7 +24,7 @@ class Fault:
 def faults(subject: Subject, observed: Observed, settings: Settings) -> list[Fault]:
     """Return every fault, the gravest reason first; an empty list accepts the model."""
     found = [*_clashes(subject, observed), *_refused(observed)]
-    found += [*_invalid(subject, settings), *_unscaled(subject, settings)]
+    found += [*_invalid(subject, settings), *_unscaled(subject, observed, settings)]
     found += [*_unknown(subject, observed, settings), *_unbound(subject, settings), *_not_yet(subject)]
     return found
 
@@ -107,7 +107,7 @@ def _unbound(subject: Subject, settings: Settings) -> Iterator[Fault]:
                     )
 
 
-def _unscaled(subject: Subject, settings: Settings) -> Iterator[Fault]:
+def _unscaled(subject: Subject, observed: Observed, settings: Settings) -> Iterator[Fault]:
     scaling, provider = subject.spec.autoscaling, settings.autoscaling.provider
     if scaling is None:
         return
@@ -117,7 +117,7 @@ def _unscaled(subject: Subject, settings: Settings) -> Iterator[Fault]:
             "spec.autoscaling: the operator's settings name no autoscaling.provider; remove it, or have one named",
         )
     elif provider is AutoscalingProvider.KEDA:
-        yield Fault(Reason.NOT_SUPPORTED_YET, "spec.autoscaling: not done with KEDA by this release yet; remove it")
+        yield from _missing_kind(SCALED_OBJECT, observed, "spec.autoscaling")
     elif scaling.min_replicas == 0:
         yield Fault(
             Reason.INVALID_SPEC,

@@ -24,6 +24,8 @@ KEYS = {
     "kafka": ("bootstrap-servers", "security-protocol", "sasl-mechanism", "username", "password", "group-id"),
     "postgresql": ("host", "port", "database", "username", "password", "schema", "sslmode", "uri"),
 }
+# Those of them that anybody may know.
+_OPEN_KEYS = {"kafka": ("bootstrap-servers", "security-protocol", "sasl-mechanism", "group-id")}
 _ENDS_OF_TOPICS = ("predictions", "requests", "results", "dead-letters")
 
 
@@ -60,6 +62,11 @@ def asked(subject: Subject) -> list[Asked]:
 def topic_prefix(subject: Subject) -> str:
     """Return how the names of a model's own topics begin. Neither part can have a dot, so no two models share one."""
     return f"phoenix.{subject.namespace}.{subject.name}."
+
+
+def group(subject: Subject) -> str:
+    """Return the consumer group of a model's own."""
+    return topic_prefix(subject).removesuffix(".")
 
 
 def topics(subject: Subject) -> dict[str, str]:
@@ -119,6 +126,12 @@ def faults_of(kind: str, values: Mapping[str, str]) -> list[str]:
     if not any(values.get(key) for key in needed):
         found.append(f"it has no key {' or '.join(needed)}")
     return found
+
+
+def access_of(kind: str, values: Mapping[str, str]) -> dict[str, str]:
+    """Return what somebody needs besides the login: addresses and protocol, and that there is an authority's PEM."""
+    found = {key: values[key] for key in _OPEN_KEYS.get(kind, ()) if values.get(key)}
+    return found | ({"certificates": ""} if found and values.get("certificates") else {})
 
 
 def ports_of(kind: str, values: Mapping[str, str]) -> tuple[int, ...]:
