@@ -66,7 +66,13 @@ def _concurrency() -> Iterator[Rule]:
     inflight = f"inference_inflight_requests{{{_STABLE}}}"
     # The sum first, then the mean over time: the mean of each pod would count one that is gone for a minute more.
     yield Rule(INFLIGHT, f"avg_over_time(sum by ({_KEY}) ({inflight} >= 0 < Inf)[1m:5s])")
-    yield Rule(BUSY, f"sum by ({_KEY}) (rate(inference_latency_seconds_sum{{{_STABLE}}}[1m]) >= 0 < Inf)")
+    # Of pods that are still targets: those of one that is gone would be counted beside what the others took over.
+    yield Rule(
+        BUSY,
+        f"sum by ({_KEY}) (\n"
+        f"  (rate(inference_latency_seconds_sum{{{_STABLE}}}[1m]) >= 0 < Inf)\n"
+        f"  and on ({_TARGET}) up\n)",
+    )
     yield Rule(SEEN_CONCURRENCY, f"({BUSY} > {INFLIGHT})\nor {INFLIGHT}\nor {BUSY}")
     yield Rule(
         SCRAPED_PODS,
@@ -115,10 +121,10 @@ def _latency() -> Iterator[Rule]:
     for percentile in PERCENTILES:
         own = f'{BUCKETS}{{percentile="{percentile}"}}'
         yield Rule(QUANTILE, f"histogram_quantile(0.{percentile}, {own})", {"percentile": str(percentile)})
-    # The SLO is there as long as a pod answers: where none does, nothing is known, and that is not the same as 0.
+    # Percentile and SLO are there as long as a pod answers: where none does, nothing is known, which is not 0.
     yield Rule(
         LATENCY,
-        f"(max by ({_KEY}) ({QUANTILE} >= 0) and {SLO} and {_ENOUGH})\nor {_IDLE}",
+        f"(max by ({_KEY}) ({QUANTILE} >= 0) and {_ENOUGH})\nor {_IDLE}",
     )
 
 
