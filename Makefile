@@ -46,6 +46,7 @@ cluster: ## A real Kubernetes with operator and example on it (root on Debian, o
 .PHONY: cluster-down
 cluster-down: ## Take it away
 	@PYTHONPATH=tools $(PYTHON) -m lab services down
+	@PYTHONPATH=tools $(PYTHON) -m lab prometheus down
 	@PYTHONPATH=tools $(PYTHON) -m lab down
 
 ##@ Develop
