@@ -122,6 +122,11 @@ bench-operator: $(DEV) ## Measure what 1,000 models cost the operator, on a real
 	$(SYNC) --extra server --extra operator --group dev --group bench
 	$(BIN)/python benchmarks/operator_bench.py $(BENCH_ARGS)
 
+.PHONY: bench-rules
+bench-rules: $(DEV) ## Measure how long the recording rules of 1,000 models take on a real Prometheus
+	$(SYNC) --extra server --extra operator --group dev --group bench
+	$(BIN)/python benchmarks/rules_bench.py $(BENCH_ARGS)
+
 ##@ Lab
 LAB = PYTHONPATH=tools $(PYTHON) -m lab
 

@@ -171,6 +171,10 @@ class Prometheus(Service):
         """Return the targets as Prometheus' API gives them, with `labels` and `health`."""
         return list(json.loads(self._get("/api/v1/targets?state=active"))["data"]["activeTargets"])
 
+    def rule_groups(self) -> list[dict[str, Any]]:
+        """Return the groups as Prometheus' API gives them, with `evaluationTime`, `lastEvaluation` and `rules`."""
+        return list(json.loads(self._get("/api/v1/rules"))["data"]["groups"])
+
     def _get(self, path: str) -> bytes:
         context = ssl.create_default_context()
         # that it is this very one is known, and it may have been given an expired certificate
