@@ -130,6 +130,8 @@ def measure(options: argparse.Namespace, console: Console) -> dict[str, Any]:
             record = processes.read(server.record)
             assert record is not None
             return {
+                "prometheus": server.version(),
+                "interval_s": interval_s,
                 "series": series,
                 "seconds": [each["evaluationTime"] for each in evaluations],
                 "rules": _by_record(evaluations),
@@ -215,7 +217,7 @@ def write(results: dict[str, Any], options: argparse.Namespace, load: float) -> 
     folder.mkdir(parents=True, exist_ok=True)
     on, date = machine(), datetime.datetime.now(datetime.UTC)
     asked = {name: getattr(options, name) for name in ("models", "pods", "evaluations")}
-    of = {"prometheus": "Debian's", "phoenix commit": commit(ROOT, "dashboards", "inference_server")}
+    of = {"prometheus": results["prometheus"], "phoenix commit": commit(ROOT, "dashboards", "inference_server")}
     document = {
         "date": date.isoformat(timespec="seconds"), "machine": on, "versions": of, "options": asked,
         "load_average": load, "is_met": max(results["seconds"]) < _TARGET_S, **results,
@@ -225,7 +227,7 @@ def write(results: dict[str, Any], options: argparse.Namespace, load: float) -> 
     lines = [
         "# What the recording rules cost", "",
         f"{date:%Y-%m-%d}, {on['cpu']}, {on['cores']} cores, Linux {on['kernel']}; {options.models:,} models with "
-        f"{options.pods} pods each, {results['series']:,} series scraped every 15 s, {results['recorded_series']:,} "
+        f"{options.pods} pods each, {results['series']:,} series scraped every {results['interval_s']} s, {results['recorded_series']:,} "
         f"recorded; {options.evaluations} evaluations; Prometheus holds {number(results['resident_mb'])} MB. "
         f"Load average when the bench began: {load:.1f}.", "",
         "Versions: " + ", ".join(f"{name} {version}" for name, version in of.items()) + ".", "",

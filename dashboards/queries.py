@@ -26,7 +26,7 @@ LATENCY = "phoenix:inference_latency_seconds"
 RATIO = "phoenix:inference_slo_ratio"
 PRESSURE = "phoenix:inference_slo_pressure"
 # What these are made of.
-INFLIGHT = "phoenix:inference_inflight_requests:avg1m"
+STUCK = "phoenix:inference_inflight_requests:min1m"
 BUSY = "phoenix:inference_latency_seconds_sum:rate1m"
 SCRAPED_PODS = "phoenix:inference_pods:scraped"
 MISSING_PODS = "phoenix:inference_pods:missing"
@@ -61,19 +61,19 @@ def _concurrency() -> Iterator[Rule]:
     """Yield what makes the mean number of requests in service or waiting, in all pods together.
 
     By Little's law that is the rate of the sum of latencies, of whatever outcome. It only knows what has been
-    answered; the gauge sees a pod that hangs. `>= 0 < Inf` drops NaN too.
+    answered, so that a pod that hangs would look idle: what the gauge never went below is there at least. The mean of
+    the gauge is not taken: of four scrapes in a minute it is off by half the load of a pod, and the larger of two
+    numbers, one of them noisy, is too large. `>= 0 < Inf` drops NaN too.
     """
     inflight = f"inference_inflight_requests{{{_STABLE}}}"
-    # The sum first, then the mean over time: the mean of each pod would count one that is gone for a minute more.
-    yield Rule(INFLIGHT, f"avg_over_time(sum by ({_KEY}) ({inflight} >= 0 < Inf)[1m:5s])")
-    # Of pods that are still targets: those of one that is gone would be counted beside what the others took over.
+    of_pod = f"sum by ({_KEY}, job, instance)"
+    yield Rule(BUSY, f"{of_pod} (rate(inference_latency_seconds_sum{{{_STABLE}}}[1m]) >= 0 < Inf)")
+    yield Rule(STUCK, f"{of_pod} (min_over_time({inflight}[1m]) >= 0 < Inf)\nand on ({_TARGET}) up")
+    # As soon as no pod answers, nothing is known: what is left of the window would look like load that ends.
     yield Rule(
-        BUSY,
-        f"sum by ({_KEY}) (\n"
-        f"  (rate(inference_latency_seconds_sum{{{_STABLE}}}[1m]) >= 0 < Inf)\n"
-        f"  and on ({_TARGET}) up\n)",
+        SEEN_CONCURRENCY,
+        f"sum by ({_KEY}) (({BUSY} > {STUCK}) or {STUCK} or {BUSY})\nand group by ({_KEY}) ({inflight})",
     )
-    yield Rule(SEEN_CONCURRENCY, f"({BUSY} > {INFLIGHT})\nor {INFLIGHT}\nor {BUSY}")
     yield Rule(
         SCRAPED_PODS,
         f"count by ({_KEY}) (\n"

@@ -112,14 +112,13 @@ SCENARIOS = (
     Scenario(
         "no pod answers the scrape",
         (Pod((_for(5, HOT, inflight=1.4), _for(5, state="down"))),),
-        # the last minute's mean is kept for that minute, then nothing is known
-        {5.25: _says(1.4, None, None), 5.75: _says(1.4, None, None), 6.25: ABSENT, 9: ABSENT},
+        {5: _says(1.4, 0.1488, 1.4875), 5.25: ABSENT, 5.75: ABSENT, 6.25: ABSENT, 9: ABSENT},
     ),
     Scenario(
         "the only pod of a quiet model ends: unknown is not idle",
         (Pod((_for(5, Answers(6, 0.14)), _for(5, state="down"))),),
-        # of the window less and less is left, until there would be too few samples
-        {minute: {queries.LATENCY: None, queries.PRESSURE: None} for minute in (5.25, 5.75, 6.25, 6.5, 6.75, 7)},
+        # of the windows less and less is left: little load, and at last too few samples
+        {minute: ABSENT for minute in (5.25, 5.75, 6.25, 6.5, 6.75, 7)},
     ),
     Scenario(
         "all pods are gone",
@@ -170,8 +169,9 @@ SCENARIOS = (
             Pod((_for(10, Answers(140, 0.03), Answers(10, 0.39), inflight=0.5),)),
             Pod((_for(10, Answers(125, 0.03), Answers(25, 0.39), inflight=1.5),)),
         ),
-        # 35 of 450 are slow: the 427.5th is the 12.5th of them, in the bucket from 0.3 to 0.4 s
-        {9: _says(2.2, 0.3357, 2)},
+        # Of each pod the larger number: 0.3 and 0.54 by rate, 1.5 by gauge. 35 of 450 are slow: the 427.5th is the
+        # 12.5th of them, in the bucket from 0.3 to 0.4 s.
+        {9: _says(2.34, 0.3357, 2)},
     ),
     Scenario(
         "one pod of two does not answer the scrape: it is taken to be as busy as the other",
@@ -204,7 +204,36 @@ SCENARIOS = (
             Pod((_for(5, _HALF, inflight=0.7), _for(5, HOT, inflight=1.4))),
             Pod((_for(5, _HALF, inflight=0.7), _for(5, state="gone"))),
         ),
-        {minute: {queries.CONCURRENCY: 1.4} for minute in (5, 5.25, 5.5, 5.75, 6, 6.25, 9)},
+        {
+            5: {queries.CONCURRENCY: 1.4},
+            # rate() takes the window of the one that is gone for full once, then for half a step more than it is
+            5.25: {queries.CONCURRENCY: 1.575},
+            5.5: {queries.CONCURRENCY: 1.4875},
+            5.75: {queries.CONCURRENCY: 1.4875},
+            6: {queries.CONCURRENCY: 1.4},
+            9: {queries.CONCURRENCY: 1.4},
+        },
+    ),
+    Scenario(
+        "a gauge that jumps about adds nothing to a load that is constant",
+        (Pod((_for(0.25, HOT, inflight=4), _for(0.25, HOT, inflight=1)) * 20),),
+        {minute: {queries.CONCURRENCY: 1.4} for minute in (5, 7.25, 9)},
+    ),
+    Scenario(
+        "one pod hangs beside one that works",
+        (
+            Pod((_for(10, _HALF, inflight=0),)),
+            Pod((_for(5, _HALF, inflight=1), _for(5, inflight=8))),
+        ),
+        {9: _says(8.7, 0.1488, 1.4875)},
+    ),
+    Scenario(
+        "a pod that hung is forgotten as soon as it is gone",
+        (
+            Pod((_for(10, HOT),)),
+            Pod((_for(5, inflight=8), _for(5, state="gone"))),
+        ),
+        {5: {queries.CONCURRENCY: 9.4}, 5.25: {queries.CONCURRENCY: 1.4}},
     ),
     Scenario(
         "a gauge that is no number is left out",

@@ -10,7 +10,6 @@ from queries import (
     BUCKETS,
     BUSY,
     CONCURRENCY,
-    INFLIGHT,
     LATENCY,
     PERCENTILE,
     PRESSURE,
@@ -18,6 +17,7 @@ from queries import (
     SAMPLES,
     SEEN_CONCURRENCY,
     SLO,
+    STUCK,
 )
 from rules.promtool import have_promtool, run
 from rules.scenarios import SCENARIOS
@@ -60,25 +60,25 @@ class Mutation:
 
 _IDLE = "(0 * phoenix:model_slo_seconds unless (phoenix:inference_latency_seconds_count:increase2m >= 20))"
 _TARGETS = "and on (namespace, job, instance)"
-_PODS_INFLIGHT = 'inference_inflight_requests{track!="canary"} >= 0 < Inf'
+_LARGER = f"({BUSY} > {STUCK})"
+_ANSWERING = 'group by (namespace, model) (inference_inflight_requests{track!="canary"})'
 MUTATIONS = (
     Mutation("idle branch of the pressure dropped", PRESSURE, f"\nor {_IDLE}", "", "idle for long is 0"),
     Mutation("idle branch of the latency dropped", LATENCY, f"\nor {_IDLE}", "", "idle for long is 0"),
     Mutation("sample guard dropped", "", ">= 20", ">= 0", "few samples"),
     Mutation("clamp dropped", PRESSURE, f"clamp_max({RATIO}, 2)", RATIO, "far over the objective"),
     Mutation("hold zone dropped", PRESSURE, f"\nor (0 * ({RATIO} >= 0.7) + 1)", "", "near the objective"),
-    Mutation("in-flight branch dropped", SEEN_CONCURRENCY, f"or {INFLIGHT}\n", "", "a pod that hangs"),
-    Mutation("Little's law dropped", SEEN_CONCURRENCY, f"({BUSY} > {INFLIGHT})\nor ", "", "requests that fail"),
+    Mutation("in-flight branch dropped", SEEN_CONCURRENCY, f"{_LARGER} or {STUCK} or ", "", "a pod that hangs"),
+    Mutation("Little's law dropped", SEEN_CONCURRENCY, f"{_LARGER} or ", "", "requests that fail"),
     Mutation("ok filter dropped", "", 'outcome="ok",', "", "fast failures"),
     Mutation("canary filter dropped", "", 'track!="canary"', "", "canary pods"),
     Mutation("missing pods not counted", CONCURRENCY, "(1 + ", "(1 + 0 * ", "one pod of two"),
     Mutation("missing pods counted for ever", "", "[10m]", "[1h]", "a pod that has not answered for long"),
     Mutation("pods counted that never answered", "", f"{_TARGETS} (up == 0", "or (up == 0", "a pod that is starting"),
-    Mutation("rate of pods that are gone kept", BUSY, f"{_TARGETS} up", "", "a pod that was removed"),
-    Mutation("gauge of pods that are gone kept", INFLIGHT, "avg_over_time(sum by (namespace, model) ("
-             f"{_PODS_INFLIGHT})[1m:5s])", "sum by (namespace, model) (avg_over_time(inference_inflight_requests[1m]))",
-             "a pod that was removed"),
-    Mutation("no number not left out", INFLIGHT, " >= 0 < Inf", "", "a gauge that is no number"),
+    Mutation("mean of the gauge taken", STUCK, "min_over_time", "avg_over_time", "a gauge that jumps about"),
+    Mutation("hung pods kept that are gone", STUCK, f"\n{_TARGETS} up", "", "a pod that hung is forgotten"),
+    Mutation("old load kept when no pod answers", SEEN_CONCURRENCY, f"\nand {_ANSWERING}", "", "no pod answers"),
+    Mutation("no number not left out", STUCK, " >= 0 < Inf", "", "a gauge that is no number"),
     Mutation("counter reset not seen", BUCKETS, "rate(", "1/120 * delta(", "a container that restarts"),
     Mutation("higher SLO of two versions", SLO, "min by", "max by", "two versions"),
     Mutation("lower percentile of two versions", PERCENTILE, 'percentile="99"', 'percentile="9"', "two versions"),

@@ -171,6 +171,10 @@ class Prometheus(Service):
         """Return the targets as Prometheus' API gives them, with `labels` and `health`."""
         return list(json.loads(self._get("/api/v1/targets?state=active"))["data"]["activeTargets"])
 
+    def version(self) -> str:
+        """Return its version."""
+        return str(json.loads(self._get("/api/v1/status/buildinfo"))["data"]["version"])
+
     def rule_groups(self) -> list[dict[str, Any]]:
         """Return the groups as Prometheus' API gives them, with `evaluationTime`, `lastEvaluation` and `rules`."""
         return list(json.loads(self._get("/api/v1/rules"))["data"]["groups"])
