@@ -229,7 +229,8 @@ def write(results: dict[str, Any], options: argparse.Namespace, load: float) -> 
         "# What the recording rules cost", "",
         f"{date:%Y-%m-%d}, {on['cpu']}, {on['cores']} cores, Linux {on['kernel']}; {options.models:,} models with "
         f"{options.pods} pods each, {results['series']:,} series scraped every {results['interval_s']} s, "
-        f"{results['recorded_series']:,} recorded; {options.evaluations} evaluations; Prometheus holds {number(results['resident_mb'])} MB. "
+        f"{results['recorded_series']:,} recorded; {options.evaluations} evaluations; "
+        f"Prometheus holds {number(results['resident_mb'])} MB. "
         f"Load average when the bench began: {load:.1f}.", "",
         "Versions: " + ", ".join(f"{name} {version}" for name, version in of.items()) + ".", "",
     ]  # fmt: skip

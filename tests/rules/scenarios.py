@@ -177,9 +177,17 @@ SCENARIOS = (
         "one pod of two does not answer the scrape: it is taken to be as busy as the other",
         (
             Pod((_for(10, _HALF, inflight=0.7),)),
-            Pod((_for(5, _HALF, inflight=0.7), _for(5, state="down"))),
+            Pod((_for(5, _HALF), _for(5, state="down"))),
         ),
-        {5: _says(1.4, 0.1488, 1.4875), 6.5: _says(1.4, 0.1488, 1.4875), 9: _says(1.4, 0.1488, 1.4875)},
+        {
+            5: _says(1.4, 0.1488, 1.4875),
+            # until a whole minute has passed it counts for less and less
+            5.5: {queries.CONCURRENCY: 1.1375},
+            6: {queries.CONCURRENCY: 0.7},
+            6.25: {queries.CONCURRENCY: 1.4},
+            6.5: _says(1.4, 0.1488, 1.4875),
+            9: _says(1.4, 0.1488, 1.4875),
+        },
     ),
     Scenario(
         "a pod that has not answered for long is forgotten",
