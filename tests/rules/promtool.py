@@ -1,5 +1,6 @@
 """Runs scenarios through promtool, Prometheus' own tester of rules: the series they make, and the file it is given."""
 
+import json
 import math
 import shutil
 import subprocess
@@ -8,14 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import services
-import yaml
 from lab import LabError, machine
-from rules.scenarios import STEP_S, Pod, Scenario, Stretch
+from rules.scenarios import NAMESPACE, STEP_S, Pod, Scenario, Stretch
 
 from phoenix_server.metrics import Metrics, ModelMetrics
 
 _TIMEOUT_S = 60
 _READ = ("inference_latency_seconds", "inference_inflight_requests", "phoenix_model_slo_seconds")
+_KEY = f'{{namespace="{NAMESPACE}",model="fraud"}}'
 Labels = tuple[tuple[str, str], ...]
 Values = dict[tuple[str, Labels], list[str]]
 
@@ -38,7 +39,7 @@ def run(folder: Path, rules: str, scenarios: Sequence[Scenario]) -> subprocess.C
         "evaluation_interval": f"{STEP_S}s",
         "tests": [_test(scenario) for scenario in scenarios],
     }
-    (folder / "test.yaml").write_text(yaml.safe_dump(document, sort_keys=False, width=1_000_000))
+    (folder / "test.yaml").write_text(json.dumps(document))  # JSON is YAML too
     command = ["promtool", "test", "rules", "test.yaml"]
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False)
 
@@ -55,9 +56,9 @@ def _test(scenario: Scenario) -> dict[str, Any]:
         "promql_expr_test": [
             {
                 # as many digits as the expectation is written with; series have no more labels than these two
-                "expr": f"round({rule}, 0.0001)",
+                "expr": f'round({rule}{{namespace="{NAMESPACE}"}}, 0.0001)',
                 "eval_time": f"{int(minute * 60)}s",
-                "exp_samples": [] if value is None else [{"labels": '{namespace="ml",model="fraud"}', "value": value}],
+                "exp_samples": [] if value is None else [{"labels": _KEY, "value": value}],
             }
             for minute, expected in scenario.expected.items()
             for rule, value in expected.items()
@@ -71,7 +72,12 @@ def _shown(labels: Labels) -> str:
 
 def _series(pod: Pod, number: int) -> Values:
     """Return what Prometheus would hold of a pod: a value for each step, or why there is none."""
-    target = {"namespace": "ml", "job": "phoenix-models", "instance": f"10.0.0.{number}:8000", "pod": f"fraud-{number}"}
+    target = {
+        "namespace": pod.namespace,
+        "job": "phoenix-models",
+        "instance": f"10.0.0.{number}:8000",
+        "pod": f"fraud-{number}",
+    }
     if pod.track:
         target["track"] = pod.track
     series: Values = {}

@@ -14,6 +14,7 @@ from phoenix_server.errors import Outcome
 from phoenix_server.metrics import Objective
 
 STEP_S = 15
+NAMESPACE = "ml"
 # answering; not answering the scrape; no target of Prometheus; target, but Prometheus itself does not run
 State = Literal["up", "down", "gone", "unwatched"]
 Expected = Mapping[str, float | None]
@@ -49,6 +50,7 @@ class Pod:
     objective: Objective | None = _OBJECTIVE
     version: str = "1"
     track: str = ""
+    namespace: str = NAMESPACE
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,6 +174,14 @@ SCENARIOS = (
         # Of each pod the larger number: 0.3 and 0.54 by rate, 1.5 by gauge. 35 of 450 are slow: the 427.5th is the
         # 12.5th of them, in the bucket from 0.3 to 0.4 s.
         {9: _says(2.34, 0.3357, 2)},
+    ),
+    Scenario(
+        "a model of the same name in another namespace is another",
+        (
+            Pod((_for(10, LOW, inflight=0.3),)),
+            Pod((_for(10, Answers(150, 0.39), inflight=8),), namespace="other"),
+        ),
+        {9: _says(0.3, 0.0295, 0)},
     ),
     Scenario(
         "one pod of two does not answer the scrape: it is taken to be as busy as the other",
