@@ -46,6 +46,7 @@ cluster: ## A real Kubernetes with operator and example on it (root on Debian, o
 .PHONY: cluster-down
 cluster-down: ## Take it away
 	@PYTHONPATH=tools $(PYTHON) -m lab services down
+	@PYTHONPATH=tools $(PYTHON) -m lab prometheus down
 	@PYTHONPATH=tools $(PYTHON) -m lab down
 
 ##@ Develop
@@ -120,6 +121,11 @@ bench-peers: $(DEV) ## The same with MLServer and KServe, each in its own enviro
 bench-operator: $(DEV) ## Measure what 1,000 models cost the operator, on a real API server without nodes
 	$(SYNC) --extra server --extra operator --group dev --group bench
 	$(BIN)/python benchmarks/operator_bench.py $(BENCH_ARGS)
+
+.PHONY: bench-rules
+bench-rules: $(DEV) ## Measure how long the recording rules of 1,000 models take on a real Prometheus
+	$(SYNC) --extra server --extra operator --group dev --group bench
+	$(BIN)/python benchmarks/rules_bench.py $(BENCH_ARGS)
 
 ##@ Lab
 LAB = PYTHONPATH=tools $(PYTHON) -m lab

@@ -16,7 +16,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import psycopg
 import pytest
@@ -140,9 +140,14 @@ def have(kind: type[lab_services.Service]) -> None:
     try:
         kind.install()
     except LabError as error:
-        if {"services", "cluster"} & set(os.environ.get("PHOENIX_REQUIRE", "").split(",")):
-            pytest.fail(f"no {kind.kind}: {error}")
-        pytest.skip(f"no {kind.kind}: {error}")
+        skip_or_fail(f"no {kind.kind}: {error}")
+
+
+def skip_or_fail(reason: str) -> NoReturn:
+    """Skip with the reason; fail where PHOENIX_REQUIRE forbids to skip."""
+    if {"services", "cluster"} & set(os.environ.get("PHOENIX_REQUIRE", "").split(",")):
+        pytest.fail(reason)
+    pytest.skip(reason)
 
 
 @contextlib.contextmanager

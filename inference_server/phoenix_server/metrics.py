@@ -107,6 +107,14 @@ class Tally:
     response_bytes: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class Objective:
+    """What a manifest promises: that share of the requests, in percent, takes no longer than these seconds."""
+
+    slo_s: float
+    percentile: int
+
+
 class EventCounts:
     """What became of a model's events. Each number is written by one thread only, so no lock is needed."""
 
@@ -130,10 +138,10 @@ class RequestCounts:
 class ModelMetrics:
     """All numbers of one model version. Written on the event loop only, so no lock is needed."""
 
-    def __init__(self, model: str, version: str, *, slo_s: float | None = None) -> None:
+    def __init__(self, model: str, version: str, objective: Objective | None = None) -> None:
         self.labels = [model, version]
-        self.slo_s = slo_s
-        bounds = latency_bounds_s(slo_s)
+        self.objective = objective
+        bounds = latency_bounds_s(self.slo_s)
         self.latency = {outcome: Histogram(bounds) for outcome in Outcome}
         self.tallies = {(outcome, protocol): Tally() for outcome in Outcome for protocol in PROTOCOLS}
         self.queue = Histogram(_STAGE_BOUNDS_S)
@@ -151,6 +159,11 @@ class ModelMetrics:
         self.inference_count = 0
         self.batch_stats: dict[int, BatchStages] = {}
         self.request_stages = BatchStages()
+
+    @property
+    def slo_s(self) -> float | None:
+        """The latency objective in seconds; None without one."""
+        return self.objective.slo_s if self.objective else None
 
     def observe_request(
         self, outcome: Outcome, protocol: Protocol, seconds: float, sizes: tuple[int, int, int]
@@ -262,11 +275,12 @@ class Metrics:
         self.started_s = time.time()
         self.registry.register(self)
 
-    def model(self, name: str, version: str, *, slo_s: float | None = None) -> ModelMetrics:
+    def model(self, name: str, version: str, objective: Objective | None = None) -> ModelMetrics:
         """Return the numbers of that version; they go on counting when a version is loaded again."""
         known = self.models.get((name, version))
-        if known is None or known.slo_s != slo_s:
-            known = self.models[name, version] = ModelMetrics(name, version, slo_s=slo_s)
+        if known is None or known.slo_s != (objective and objective.slo_s):  # the buckets follow the SLO
+            known = self.models[name, version] = ModelMetrics(name, version, objective)
+        known.objective = objective
         return known
 
     def forget(self, name: str, version: str) -> None:
@@ -303,7 +317,6 @@ class Metrics:
         gauges: tuple[tuple[str, str, Callable[[ModelMetrics], float | None]], ...] = (
             ("inference_inflight_requests", "Requests received and not yet answered.", lambda m: m.inflight),
             ("inference_queued_rows", "Rows that wait for a run.", lambda m: m.queued_rows()),
-            ("phoenix_model_slo_seconds", "The latency objective of the manifest.", lambda m: m.slo_s),
             (
                 "phoenix_model_capacity_concurrency",
                 "Measured concurrency beyond which throughput stops growing.",
@@ -318,6 +331,7 @@ class Metrics:
                 if number is not None:
                     gauge.add_metric(model.labels, number)
             yield gauge
+        yield self._objectives(models, by_model)
         info = GaugeMetricFamily(
             "phoenix_model_info", "What is loaded; always 1.", labels=[*by_model, "provider", "digest"]
         )
@@ -415,6 +429,19 @@ class Metrics:
             for model in models:
                 family.add_metric(model.labels, of(model).buckets(), of(model).sum)
             yield family
+
+    @staticmethod
+    def _objectives(models: list[ModelMetrics], by_model: list[str]) -> Metric:
+        """The percentile is a label, since recording rules select by it which quantile they compute."""
+        family = GaugeMetricFamily(
+            "phoenix_model_slo_seconds",
+            "The latency objective of the manifest, for that percentile of the requests.",
+            labels=[*by_model, "percentile"],
+        )
+        for model in models:
+            if model.objective is not None:
+                family.add_metric([*model.labels, str(model.objective.percentile)], model.objective.slo_s)
+        return family
 
     @staticmethod
     def _tallies(models: list[ModelMetrics], by_model: list[str]) -> Iterator[Metric]:

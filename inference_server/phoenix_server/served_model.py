@@ -18,7 +18,7 @@ from phoenix_server.capacity import Capacity
 from phoenix_server.engine import Engine, EngineOptions, ModelFile, Runner
 from phoenix_server.errors import ModelLoadError, Reason
 from phoenix_server.features import Features, ModelFeatures
-from phoenix_server.metrics import Metrics, ModelMetrics
+from phoenix_server.metrics import Metrics, ModelMetrics, Objective
 from phoenix_server.onnx_file import OnnxFileError, read_facts
 from phoenix_server.settings import Settings
 from phoenix_server.tensors import Signature
@@ -101,8 +101,9 @@ class Loader:
         )
         stamps = stamps_of(artifact)
         loaded = await asyncio.to_thread(self._load_engine, artifact, manifest)
-        objective = spec.autoscaling.target_latency if spec.autoscaling else None
-        metrics = self._metrics.model(name, version, slo_s=float(objective.value) if objective else None)
+        scaling = spec.autoscaling
+        objective = Objective(float(scaling.target_latency.value), scaling.percentile) if scaling else None
+        metrics = self._metrics.model(name, version, objective)
         features = await self._bind(manifest, loaded, metrics)
         metrics.load_s = time.perf_counter() - started
         metrics.provider, metrics.digest = loaded.provider, artifact.sha256

@@ -4,7 +4,7 @@ import argparse
 import os
 import sys
 
-from . import LabError, binaries, cluster, fakes
+from . import LabError, binaries, cluster, fakes, prometheus
 from .services import together
 from .state import Lab, only_one
 
@@ -44,6 +44,10 @@ def _parser() -> argparse.ArgumentParser:
     services.add_argument("what", choices=("up", "down", "status"))
     services.add_argument("--secure", action="store_true", help="behind TLS and logins")
     services.add_argument("--for-pods", action="store_true", help="on this machine's address; implies --secure")
+    monitor = command("prometheus", "a Prometheus that scrapes the lab's pods; `up` prints its URL")
+    monitor.add_argument("what", choices=("up", "down", "status"))
+    monitor.add_argument("--for-pods", action="store_true", help="on this machine's address instead of loopback")
+    monitor.add_argument("--interval", default="15s", help="of scrapes and rules, in whole seconds (%(default)s)")
     return parser
 
 
@@ -54,8 +58,9 @@ def _run(lab: Lab, arguments: argparse.Namespace) -> int:
         case "up":
             print(cluster.up(lab))
         case "down":
-            if arguments.purge:
-                together.down(lab)  # the folder that says what runs goes too
+            if arguments.purge:  # the folder that says what runs goes too
+                together.down(lab)
+                prometheus.down(lab)
             cluster.down(lab, purge=arguments.purge)
         case "status":
             lines, is_well = cluster.status(lab)
@@ -85,6 +90,14 @@ def _run(lab: Lab, arguments: argparse.Namespace) -> int:
             together.down(lab)
         case "services":
             lines, is_well = together.status(lab)
+            print("\n".join(lines))
+            return 0 if is_well else 1
+        case "prometheus" if arguments.what == "up":
+            print(prometheus.up(lab, is_for_pods=arguments.for_pods, interval=arguments.interval))
+        case "prometheus" if arguments.what == "down":
+            prometheus.down(lab)
+        case "prometheus":
+            lines, is_well = prometheus.status(lab)
             print("\n".join(lines))
             return 0 if is_well else 1
         case "binary":

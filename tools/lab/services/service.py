@@ -31,6 +31,8 @@ class Service(ABC):
     """
 
     kind: ClassVar[str]
+    # whether anybody who reaches it may use it, wherever it listens
+    needs_no_login: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -41,7 +43,7 @@ class Service(ABC):
         is_secure: bool = False,
         is_expired: bool = False,
     ) -> None:
-        if not is_secure and host != "127.0.0.1":
+        if not (is_secure or self.needs_no_login) and host != "127.0.0.1":
             raise LabError(f"a {self.kind} without logins listens on 127.0.0.1 only, not on {host}")
         self.folder = folder
         self.host = host
