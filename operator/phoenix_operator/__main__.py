@@ -1,4 +1,4 @@
-"""The command line: `phoenix-operator run | render | manifests`. The only place that reads the environment."""
+"""The command line: `phoenix-operator run | metrics-api | render | manifests`. It alone reads the environment."""
 
 import argparse
 import asyncio
@@ -38,6 +38,15 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--namespaces", type=_names, default=(), metavar="A,B", help="namespaces; absent: the cluster")
     run.add_argument("--log-level", choices=["debug", "info", "warning", "error"], default="info")
     run.set_defaults(command=_run)
+
+    metrics_api = commands.add_parser(
+        "metrics-api",
+        help="answer the autoscaler's questions",
+        description="Serve custom.metrics.k8s.io for PhoenixModels from Prometheus until SIGTERM.",
+    )
+    metrics_api.add_argument("--settings", type=Path, metavar="FILE", help="settings (YAML)")
+    metrics_api.add_argument("--log-level", choices=["debug", "info", "warning", "error"], default="info")
+    metrics_api.set_defaults(command=_metrics_api)
 
     render = commands.add_parser(
         "render",
@@ -86,6 +95,21 @@ def _run(options: argparse.Namespace, settings: Settings) -> int:
         asyncio.run(app.run(settings, place))
     except Exception:
         _log.exception("the operator ended; it should be started again")
+        return 1
+    return 0
+
+
+def _metrics_api(options: argparse.Namespace, settings: Settings) -> int:
+    from phoenix_operator import logs
+    from phoenix_operator.metrics_api import app
+
+    logs.configure(options.log_level)
+    try:
+        asyncio.run(app.run(settings, app.Place(os.environ.get("POD_NAMESPACE") or "phoenix-system")))
+    except SettingsError:
+        raise
+    except Exception:
+        _log.exception("the metrics API ended; it should be started again")
         return 1
     return 0
 
