@@ -238,7 +238,7 @@ class World:
             asked = {"url": source, "timeoutSeconds": self.timeout_s}
             autoscaling = {"prometheus": asked, "httpsPort": 0} | self.settings
             settings = Settings.model_validate({"autoscaling": autoscaling, "httpPort": 0}, by_alias=True)
-            place = app.Place(NAMESPACE, drain_s=0)
+            place = app.Place(NAMESPACE, drain_s=0, settle_s=0)
             self.server = await stack.enter_async_context(app.serving(settings, place, cluster, self.metrics))
             self.running = asyncio.create_task(self.server.run(self.stop, drain_s=0))
             try:

@@ -44,10 +44,15 @@ _Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where this process runs. `drain_s` is how long it goes on after SIGTERM, until nobody comes any more."""
+    """Where this process runs, and for how long it waits for others.
+
+    `drain_s`: after SIGTERM, until nobody comes any more. `settle_s`: before a new certificate is served, until every
+    API server trusts it.
+    """
 
     namespace: str
     drain_s: float = 5.0
+    settle_s: float = 10.0
 
 
 async def run(settings: Settings, place: Place) -> None:
@@ -97,7 +102,8 @@ def _source(settings: Settings, place: Place, cluster: Cluster) -> Source:
     wanted = settings.autoscaling.certificate
     if wanted.folder is not None:
         return MountedCertificate(Path(wanted.folder))
-    return OwnCertificate(cluster, namespace=place.namespace, lifetime=timedelta(days=wanted.lifetime_days))
+    lifetime = timedelta(days=wanted.lifetime_days)
+    return OwnCertificate(cluster, namespace=place.namespace, lifetime=lifetime, settle_s=place.settle_s)
 
 
 class Api:
@@ -290,16 +296,18 @@ class MetricsApi:
     @web.middleware
     async def _guard(self, request: web.Request, handler: _Handler) -> web.StreamResponse:
         """Let nobody pass for whom the API server does not vouch."""
-        connection = request.transport.get_extra_info("ssl_object") if request.transport else None
+        transport, tls, proxy = request.transport, self._tls, self._proxy.current
+        connection = transport.get_extra_info("ssl_object") if transport else None
         try:
-            if connection is None or self._proxy.current is None or self._tls is None:
+            if transport is None or connection is None or tls is None or proxy is None:
                 raise Unauthenticated("expected a connection of the API server")
-            if not self._tls.is_current(connection):
+            if not tls.is_current(connection):
                 raise Unauthenticated("the authority of the front proxy has changed; connect again")
-            request[_CALLER] = authenticate(self._proxy.current, connection.getpeercert(), request.headers)
+            request[_CALLER] = authenticate(proxy, connection.getpeercert(), request.headers)
         except Unauthenticated as error:
             raise Failure(401, "Unauthorized", f"Unauthorized: {error}") from error
-        return await handler(request)
+        with tls.answering(transport):
+            return await handler(request)
 
     async def _follow_certificate(self) -> None:
         """Keep certificate and authorities of the port current; what is served goes on while there is nothing new."""

@@ -6,6 +6,7 @@ can make one that holds the token of any ServiceAccount of the namespace. A cert
 APIServices trust it.
 """
 
+import asyncio
 import base64
 import binascii
 import logging
@@ -64,9 +65,12 @@ class OwnCertificate:
         *,
         namespace: str,
         lifetime: timedelta,
+        settle_s: float,
         clock: Callable[[], datetime] = lambda: datetime.now(UTC),
     ) -> None:
-        self._cluster, self._namespace, self._lifetime, self._clock = cluster, namespace, lifetime, clock
+        self._cluster, self._namespace = cluster, namespace
+        self._lifetime, self._settle_s, self._clock = lifetime, settle_s, clock
+        self._given: Pair | None = None
         self._names = [
             f"{SERVICE}.{namespace}.svc",
             f"{SERVICE}.{namespace}.svc.cluster.local",
@@ -77,6 +81,9 @@ class OwnCertificate:
         """Return the pair of the Secret, made new where that is due and trusted. Raises as `Source`."""
         pair = await self._from_secret()
         await self._have_it_trusted(pair)
+        if self._given not in (None, pair):
+            await asyncio.sleep(self._settle_s)  # the API server watches its APIServices: it is not told at once
+        self._given = pair
         return pair
 
     async def _from_secret(self) -> Pair:

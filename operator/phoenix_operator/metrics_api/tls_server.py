@@ -5,6 +5,7 @@ listening socket, so that no connection that waits is lost. Connections made bef
 serve, because they were verified by what no longer counts.
 """
 
+import asyncio
 import contextlib
 import os
 import socket
@@ -27,6 +28,7 @@ class TlsServer:
         self._runner, self._socket = runner, _listening(port)
         self._site: web.SockSite | None = None
         self._context: ssl.SSLContext | None = None
+        self._busy: set[asyncio.Transport] = set()
 
     @property
     def port(self) -> int:
@@ -44,11 +46,23 @@ class TlsServer:
         if before is not None and server is not None:
             await before.stop()
             for connection in server.connections:
-                connection.close()
+                if connection.transport in self._busy:
+                    connection.close()  # once its request is answered
+                else:
+                    connection.force_close()
 
     def is_current(self, connection: ssl.SSLObject) -> bool:
         """Return whether a connection was verified by what counts now; one may have been under way at a change."""
         return connection.context is self._context
+
+    @contextlib.contextmanager
+    def answering(self, transport: asyncio.Transport) -> Iterator[None]:
+        """Let the connection of a request live until it is answered."""
+        self._busy.add(transport)
+        try:
+            yield
+        finally:
+            self._busy.discard(transport)
 
     def close(self) -> None:
         """Close the socket; the runner's clean-up closes what it serves."""
