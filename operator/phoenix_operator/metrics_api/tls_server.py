@@ -1,8 +1,8 @@
 """The TLS socket: one port whose certificate and trusted client authorities change while it is open.
 
 Hides that an `SSLContext` cannot be taken back: each change gets a new one, on a second descriptor of the same
-listening socket, so that no connection that waits is lost. Connections made before end with the request that they
-serve, because they were verified by what no longer counts.
+listening socket, so that no connection that waits is lost. When the authorities change, connections made before end
+with the request that they serve, because they were verified by what no longer counts.
 """
 
 import asyncio
@@ -11,6 +11,7 @@ import os
 import socket
 import ssl
 import tempfile
+import weakref
 from collections.abc import Iterator
 
 from aiohttp import web
@@ -27,7 +28,8 @@ class TlsServer:
         """Bind the port. Raises `OSError` if it is taken."""
         self._runner, self._socket = runner, _listening(port)
         self._site: web.SockSite | None = None
-        self._context: ssl.SSLContext | None = None
+        self._authorities_pem = ""
+        self._current: weakref.WeakSet[ssl.SSLContext] = weakref.WeakSet()  # those with these authorities
         self._busy: set[asyncio.Transport] = set()
 
     @property
@@ -42,18 +44,23 @@ class TlsServer:
         before, server = self._site, self._runner.server
         site = web.SockSite(self._runner, self._socket.dup(), ssl_context=context, backlog=_BACKLOG)
         await site.start()
-        self._site, self._context = site, context
-        if before is not None and server is not None:
+        self._site = site
+        if before is not None:
             await before.stop()
-            for connection in server.connections:
+        if authorities_pem != self._authorities_pem:
+            self._authorities_pem = authorities_pem
+            self._current.clear()
+            for connection in server.connections if server else ():
                 if connection.transport in self._busy:
                     connection.close()  # once its request is answered
                 else:
                     connection.force_close()
 
+        self._current.add(context)
+
     def is_current(self, connection: ssl.SSLObject) -> bool:
         """Return whether a connection was verified by what counts now; one may have been under way at a change."""
-        return connection.context is self._context
+        return connection.context in self._current
 
     @contextlib.contextmanager
     def answering(self, transport: asyncio.Transport) -> Iterator[None]:
