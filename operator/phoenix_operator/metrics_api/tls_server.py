@@ -41,22 +41,16 @@ class TlsServer:
     async def use(self, pair: Pair, authorities_pem: str) -> None:
         """Serve with this certificate, to clients of these authorities. Raises `CertificateError`."""
         context = _context(pair, authorities_pem)
-        before, server = self._site, self._runner.server
-        site = web.SockSite(self._runner, self._socket.dup(), ssl_context=context, backlog=_BACKLOG)
-        await site.start()
-        self._site = site
-        if before is not None:
-            await before.stop()
         if authorities_pem != self._authorities_pem:
             self._authorities_pem = authorities_pem
             self._current.clear()
-            for connection in server.connections if server else ():
-                if connection.transport in self._busy:
-                    connection.close()  # once its request is answered
-                else:
-                    connection.force_close()
-
         self._current.add(context)
+        before = self._site
+        self._site = web.SockSite(self._runner, self._socket.dup(), ssl_context=context, backlog=_BACKLOG)
+        await self._site.start()
+        if before is not None:
+            await before.stop()
+        self._end_others()
 
     def is_current(self, connection: ssl.SSLObject) -> bool:
         """Return whether a connection was verified by what counts now; one may have been under way at a change."""
@@ -70,6 +64,17 @@ class TlsServer:
             yield
         finally:
             self._busy.discard(transport)
+
+    def _end_others(self) -> None:
+        server = self._runner.server
+        for connection in server.connections if server else ():
+            transport = connection.transport
+            if transport is None or self.is_current(transport.get_extra_info("ssl_object")):
+                continue
+            if transport in self._busy:
+                connection.close()  # once its request is answered
+            else:
+                connection.force_close()
 
     def close(self) -> None:
         """Close the socket; the runner's clean-up closes what it serves."""
