@@ -148,6 +148,18 @@ def _binding_rights() -> str:
     return install.files("", bindings=("redis-admin", "kafka-admin", "postgresql-admin"))["bindings.yaml"]
 
 
+def _metrics_api() -> str:
+    from phoenix_operator import install, install_metrics_api
+
+    return install.files("", more={"it": install_metrics_api.manifests()})["it"]
+
+
+def _adapter_values() -> str:
+    from phoenix_operator.metrics_api import adapter
+
+    return adapter.values()
+
+
 _INSTALL = ("phoenixmodels.yaml", "operator.yaml", "kustomization.yaml")
 FILES: dict[str, Callable[[], str]] = {
     "crds/phoenixmodels.yaml": _api("crd"),
@@ -160,8 +172,11 @@ FILES: dict[str, Callable[[], str]] = {
     "docs/reference/event.schema.json": _event_schema,
     "docs/reference/operator-settings.md": _operator("settings_page"),
     "docs/reference/operator-metrics.md": _operator("metrics_page"),
+    "docs/reference/metrics-api-metrics.md": _operator("metrics_api_page"),
     "docs/reasons/README.md": _condition_reasons,
     "operator/manifests/bindings.yaml": _binding_rights,
+    "operator/manifests/metrics-api.yaml": _metrics_api,
+    "dashboards/prometheus-adapter/values.yaml": _adapter_values,
     **{f"operator/manifests/cluster/{name}": _manifest(name) for name in _INSTALL},
 }
 # Generators that keep several files, some binary, and know themselves how to check them.

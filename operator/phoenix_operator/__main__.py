@@ -76,6 +76,9 @@ def _parser() -> argparse.ArgumentParser:
         metavar="A,B",
         help="admin Secrets of backends in the operator's namespace; with it the rights that bindings need",
     )
+    manifests.add_argument(
+        "--metrics-api", action="store_true", help="with the metrics API, which the provider `builtin` needs"
+    )
     manifests.set_defaults(command=_manifests)
     return parser
 
@@ -128,11 +131,14 @@ def _render(options: argparse.Namespace, settings: Settings) -> int:
 
 def _manifests(options: argparse.Namespace, _: Settings) -> int:
     from phoenix_api import crd
-    from phoenix_operator import install
+    from phoenix_operator import install, install_metrics_api
 
     options.folder.mkdir(parents=True, exist_ok=True)
     asked = {name: getattr(options, name) for name in ("namespaces", "secrets", "bindings")}
-    for name, text in install.files(crd.render(), **asked).items():
+    more = {}
+    if options.metrics_api:
+        more[install_metrics_api.FILE] = install_metrics_api.manifests(namespaces=options.namespaces)
+    for name, text in install.files(crd.render(), **asked, more=more).items():
         (options.folder / name).write_text(text)
         print(f"wrote {options.folder / name}", file=sys.stderr)
     return 0

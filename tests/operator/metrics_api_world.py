@@ -19,8 +19,7 @@ from lab import certificates
 from phoenix_operator.cluster import Cluster, Pace
 from phoenix_operator.metrics import MetricsApiMetrics
 from phoenix_operator.metrics_api import app
-from phoenix_operator.metrics_api.answers import GROUP
-from phoenix_operator.metrics_api.serving import API_SERVICES, SECRET_NAME, SERVICE
+from phoenix_operator.metrics_api.names import API_SERVICES, GROUP, NAME
 from phoenix_operator.settings import Settings
 
 NAMESPACE = "phoenix-system"
@@ -33,7 +32,7 @@ def model(name: str, **labels: str) -> Object:
     return {"metadata": {"name": name, "labels": labels}}
 
 
-def api_service(name: str, *, service: str = SERVICE) -> Object:
+def api_service(name: str, *, service: str = NAME) -> Object:
     group_version = name.partition(".")
     return {
         "apiVersion": "apiregistration.k8s.io/v1",
@@ -76,8 +75,8 @@ class Kubernetes:
     before: Callable[[web.Request], None] = lambda request: None
 
     def __post_init__(self) -> None:
-        secret = {"apiVersion": "v1", "kind": "Secret", "metadata": {"name": SECRET_NAME, "namespace": NAMESPACE}}
-        self.objects[f"secrets/{SECRET_NAME}"] = secret | {"type": "Opaque"}
+        secret = {"apiVersion": "v1", "kind": "Secret", "metadata": {"name": NAME, "namespace": NAMESPACE}}
+        self.objects[f"secrets/{NAME}"] = secret | {"type": "Opaque"}
         self.objects |= {f"apiservices/{name}": api_service(name) for name in API_SERVICES}
         self.version = 0
         for body in self.objects.values():
@@ -88,7 +87,7 @@ class Kubernetes:
         body["metadata"]["resourceVersion"] = str(self.version)
 
     def secret(self) -> dict[str, bytes]:
-        data = self.objects[f"secrets/{SECRET_NAME}"].get("data", {})
+        data = self.objects[f"secrets/{NAME}"].get("data", {})
         return {key: base64.b64decode(value) for key, value in data.items()}
 
     def bundle(self, name: str = API_SERVICES[0]) -> bytes:
@@ -268,7 +267,7 @@ class World:
                 method,
                 f"https://127.0.0.1:{self.server.port}{path}",
                 headers={name: value for name, value in names.items() if value},
-                server_hostname=f"{SERVICE}.{NAMESPACE}.svc",
+                server_hostname=f"{NAME}.{NAMESPACE}.svc",
             ) as response,
         ):
             return Answer(response.status, await response.json() if method != "HEAD" else None, response.headers)

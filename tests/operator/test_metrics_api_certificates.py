@@ -29,18 +29,13 @@ from metrics_api_world import (
 from phoenix_operator.cluster import ApiError
 from phoenix_operator.metrics_api import certificates
 from phoenix_operator.metrics_api.certificates import CertificateError, Pair
-from phoenix_operator.metrics_api.serving import (
-    API_SERVICES,
-    SECRET_NAME,
-    SERVICE,
-    MountedCertificate,
-    OwnCertificate,
-)
+from phoenix_operator.metrics_api.names import API_SERVICES, NAME
+from phoenix_operator.metrics_api.serving import MountedCertificate, OwnCertificate
 
-NAMES = [f"{SERVICE}.{NAMESPACE}.svc", f"{SERVICE}.{NAMESPACE}.svc.cluster.local", f"{SERVICE}.{NAMESPACE}"]
+NAMES = [f"{NAME}.{NAMESPACE}.svc", f"{NAME}.{NAMESPACE}.svc.cluster.local", f"{NAME}.{NAMESPACE}"]
 NOW = datetime(2026, 11, 28, 12, tzinfo=UTC)
 LIFETIME = timedelta(days=90)
-SECRET = f"secrets/{SECRET_NAME}"
+SECRET = f"secrets/{NAME}"
 
 
 def made(*, now: datetime = NOW, before: bytes = b"") -> Pair:

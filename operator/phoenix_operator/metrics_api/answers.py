@@ -8,12 +8,9 @@ from typing import Any
 
 from phoenix_operator.kinds import PHOENIX_MODEL
 from phoenix_operator.metrics_api.label_selector import Selector
+from phoenix_operator.metrics_api.names import GROUP
 from phoenix_operator.metrics_api.readings import Reading
 
-GROUP = "custom.metrics.k8s.io"
-# The first is preferred.
-VERSIONS = ("v1beta2", "v1beta1")
-RESOURCE = f"{PHOENIX_MODEL.plural}.{PHOENIX_MODEL.group}"
 Document = dict[str, Any]
 
 

@@ -20,13 +20,14 @@ from phoenix_operator import probes
 from phoenix_operator.cluster import ApiError, Cluster
 from phoenix_operator.metrics import MetricsApiMetrics
 from phoenix_operator.metrics_api import discovery
-from phoenix_operator.metrics_api.answers import GROUP, RESOURCE, VERSIONS, Document, Failure, Question, value_list
+from phoenix_operator.metrics_api.answers import Document, Failure, Question, value_list
 from phoenix_operator.metrics_api.authentication import Caller, FrontProxyConfig, Unauthenticated, authenticate
 from phoenix_operator.metrics_api.authorization import Authorizer
 from phoenix_operator.metrics_api.certificates import CertificateError, expiry
 from phoenix_operator.metrics_api.label_selector import Selector, SelectorError, parse_selector
 from phoenix_operator.metrics_api.metrics import METRICS, Metric
 from phoenix_operator.metrics_api.models import Models
+from phoenix_operator.metrics_api.names import GROUP, RESOURCE, VERSIONS
 from phoenix_operator.metrics_api.prometheus import PrometheusClient, PrometheusError
 from phoenix_operator.metrics_api.readings import Absence, Reading, Readings, Series, choose
 from phoenix_operator.metrics_api.serving import MountedCertificate, OwnCertificate, Source

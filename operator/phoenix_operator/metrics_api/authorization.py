@@ -9,8 +9,9 @@ from dataclasses import dataclass
 
 from phoenix_operator.cluster import Cluster
 from phoenix_operator.kinds import SUBJECT_ACCESS_REVIEW
-from phoenix_operator.metrics_api.answers import GROUP, RESOURCE, Question
+from phoenix_operator.metrics_api.answers import Question
 from phoenix_operator.metrics_api.authentication import Caller
+from phoenix_operator.metrics_api.names import GROUP, RESOURCE
 from phoenix_operator.metrics_api.shared import Shared
 from phoenix_operator.observed import Object
 

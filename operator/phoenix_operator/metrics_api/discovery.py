@@ -1,7 +1,8 @@
 """What the API server is told that is served here, at each level. Pure."""
 
-from phoenix_operator.metrics_api.answers import GROUP, RESOURCE, VERSIONS, Document
+from phoenix_operator.metrics_api.answers import Document
 from phoenix_operator.metrics_api.metrics import METRICS
+from phoenix_operator.metrics_api.names import GROUP, RESOURCE, VERSIONS
 
 
 def group_list() -> Document:

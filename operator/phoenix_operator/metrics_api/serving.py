@@ -18,13 +18,11 @@ from typing import Protocol
 from phoenix_operator.cluster import ApiError, Cluster
 from phoenix_operator.kinds import API_SERVICE, SECRET
 from phoenix_operator.metrics_api import certificates
-from phoenix_operator.metrics_api.answers import GROUP, VERSIONS
 from phoenix_operator.metrics_api.certificates import CertificateError, Pair
+from phoenix_operator.metrics_api.names import API_SERVICES, NAME
 from phoenix_operator.observed import Object
 
 _log = logging.getLogger(__name__)
-SERVICE = SECRET_NAME = "phoenix-metrics-api"
-API_SERVICES = tuple(f"{version}.{GROUP}" for version in VERSIONS)
 _MOST_TRIES = 5
 _KEYS = ("tls.crt", "tls.key", "ca.crt")
 
@@ -72,9 +70,9 @@ class OwnCertificate:
         self._lifetime, self._settle_s, self._clock = lifetime, settle_s, clock
         self._given: Pair | None = None
         self._names = [
-            f"{SERVICE}.{namespace}.svc",
-            f"{SERVICE}.{namespace}.svc.cluster.local",
-            f"{SERVICE}.{namespace}",
+            f"{NAME}.{namespace}.svc",
+            f"{NAME}.{namespace}.svc.cluster.local",
+            f"{NAME}.{namespace}",
         ]
 
     async def current(self) -> Pair:
@@ -87,9 +85,9 @@ class OwnCertificate:
         return pair
 
     async def _from_secret(self) -> Pair:
-        where = f"Secret {self._namespace}/{SECRET_NAME}"
+        where = f"Secret {self._namespace}/{NAME}"
         for _ in range(_MOST_TRIES):
-            secret = await self._cluster.get(SECRET, self._namespace, SECRET_NAME)
+            secret = await self._cluster.get(SECRET, self._namespace, NAME)
             if secret is None:
                 raise CertificateError(f"{where} does not exist; apply metrics-api.yaml again")
             pair = _pair(secret)
@@ -124,9 +122,9 @@ class OwnCertificate:
             found += 1
             spec = service["spec"]
             target = spec.get("service") or {}
-            if (target.get("namespace"), target.get("name")) != (self._namespace, SERVICE):
+            if (target.get("namespace"), target.get("name")) != (self._namespace, NAME):
                 other = f"{target.get('namespace')}/{target.get('name')}"
-                raise CertificateError(f"APIService {name} is of Service {other}, not of {self._namespace}/{SERVICE}")
+                raise CertificateError(f"APIService {name} is of Service {other}, not of {self._namespace}/{NAME}")
             if spec.get("caBundle") != bundle:
                 await self._cluster.apply(
                     API_SERVICE,
