@@ -297,7 +297,7 @@ def test_new_certificate_is_served_while_requests_go_on(world: World) -> None:
     async def main() -> None:
         async with world.running_api():
             before, old = world.kubernetes.bundle(), world.server._served
-            world.kubernetes.objects[SECRET]["data"]["tls.crt"] = ""
+            del world.kubernetes.objects[SECRET]["data"]
             world.server._changed.set()
             codes = []
             async with asyncio.timeout(20):

@@ -101,8 +101,9 @@ class OwnCertificate:
         raise CertificateError(f"{where} was changed by others {_MOST_TRIES} times in a row")
 
     async def _renew(self, secret: Object, old: Pair) -> Pair:
+        before = old.authorities or (self._given.authorities if self._given else b"")
         try:
-            pair = certificates.make(self._names, lifetime=self._lifetime, now=self._clock(), before=old.authorities)
+            pair = certificates.make(self._names, lifetime=self._lifetime, now=self._clock(), before=before)
         except CertificateError:  # what somebody wrote there are no certificates
             pair = certificates.make(self._names, lifetime=self._lifetime, now=self._clock())
         values = dict(zip(_KEYS, (pair.certificate, pair.key, pair.authorities), strict=True))
