@@ -157,6 +157,18 @@ def _recording_rules() -> str:
     )
 
 
+def _metrics_api() -> str:
+    from phoenix_operator import install, install_metrics_api
+
+    return install.files("", more={"it": install_metrics_api.manifests()})["it"]
+
+
+def _adapter_values() -> str:
+    from phoenix_operator.metrics_api import adapter
+
+    return adapter.values()
+
+
 _INSTALL = ("phoenixmodels.yaml", "operator.yaml", "kustomization.yaml")
 FILES: dict[str, Callable[[], str]] = {
     "crds/phoenixmodels.yaml": _api("crd"),
@@ -169,9 +181,12 @@ FILES: dict[str, Callable[[], str]] = {
     "docs/reference/event.schema.json": _event_schema,
     "docs/reference/operator-settings.md": _operator("settings_page"),
     "docs/reference/operator-metrics.md": _operator("metrics_page"),
+    "docs/reference/metrics-api-metrics.md": _operator("metrics_api_page"),
     "docs/reasons/README.md": _condition_reasons,
     "operator/manifests/bindings.yaml": _binding_rights,
     "dashboards/rules/phoenix.rules.yaml": _recording_rules,
+    "operator/manifests/metrics-api.yaml": _metrics_api,
+    "dashboards/prometheus-adapter/values.yaml": _adapter_values,
     **{f"operator/manifests/cluster/{name}": _manifest(name) for name in _INSTALL},
 }
 # Generators that keep several files, some binary, and know themselves how to check them.

@@ -1,11 +1,11 @@
-"""Renders the reference pages of the operator: its settings file and its metrics. Called by `generate`."""
+"""Renders the reference pages of the operator: settings file, metrics, metrics of its metrics API. See `generate`."""
 
 import json
 from collections.abc import Iterator
 from typing import Any
 
 from phoenix_api.faults import expectation
-from phoenix_operator.metrics import Metrics
+from phoenix_operator.metrics import Metrics, MetricsApiMetrics
 from phoenix_operator.settings import Settings
 
 Schema = dict[str, Any]
@@ -33,6 +33,25 @@ def metrics_page() -> str:
     metrics.watch_events.labels("Deployment", "MODIFIED")
     metrics.missed_events.labels("Deployment")
     metrics.backend_seconds.labels("redis", "ok")
+    return (
+        "# Metrics of phoenix-operator\n\n"
+        "`GET /metrics` on `httpPort`, in the Prometheus text format. Gauges of work stand at 0 on a standby.\n\n"
+        + _table(metrics)
+    )
+
+
+def metrics_api_page() -> str:
+    """Return the text of docs/reference/metrics-api-metrics.md, without its header."""
+    metrics = MetricsApiMetrics()
+    metrics.on_request("GET", 200, 0.1)
+    metrics.requests.labels("200")
+    return (
+        "# Metrics of phoenix-operator metrics-api\n\n"
+        "`GET /metrics` on `httpPort`, in the Prometheus text format, from each replica.\n\n" + _table(metrics)
+    )
+
+
+def _table(metrics: Metrics | MetricsApiMetrics) -> str:
     rows = []
     for family in metrics.registry.collect():
         if not family.samples:
@@ -40,11 +59,7 @@ def metrics_page() -> str:
         name = family.name + ("_total" if family.type == "counter" else "")
         labels = sorted({label for sample in family.samples for label in sample.labels} - {"le"})
         rows.append(f"| `{name}` | {family.type} | {', '.join(labels)} | {family.documentation} |\n")
-    return (
-        "# Metrics of phoenix-operator\n\n"
-        "`GET /metrics` on `httpPort`, in the Prometheus text format. Gauges of work stand at 0 on a standby.\n\n"
-        "| metric | type | labels | meaning |\n|---|---|---|---|\n" + "".join(rows)
-    )
+    return "| metric | type | labels | meaning |\n|---|---|---|---|\n" + "".join(rows)
 
 
 def _objects(node: Schema, known: dict[str, Schema], path: str, value: Any) -> Iterator[tuple[str, Schema, Any]]:

@@ -1,4 +1,4 @@
-"""The command line: `phoenix-operator run | render | manifests`. The only place that reads the environment."""
+"""The command line: `phoenix-operator run | metrics-api | render | manifests`. It alone reads the environment."""
 
 import argparse
 import asyncio
@@ -39,6 +39,15 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--log-level", choices=["debug", "info", "warning", "error"], default="info")
     run.set_defaults(command=_run)
 
+    metrics_api = commands.add_parser(
+        "metrics-api",
+        help="answer the autoscaler's questions",
+        description="Serve custom.metrics.k8s.io for PhoenixModels from Prometheus until SIGTERM.",
+    )
+    metrics_api.add_argument("--settings", type=Path, metavar="FILE", help="settings (YAML)")
+    metrics_api.add_argument("--log-level", choices=["debug", "info", "warning", "error"], default="info")
+    metrics_api.set_defaults(command=_metrics_api)
+
     render = commands.add_parser(
         "render",
         help="print what the operator would apply",
@@ -67,6 +76,9 @@ def _parser() -> argparse.ArgumentParser:
         metavar="A,B",
         help="admin Secrets of backends in the operator's namespace; with it the rights that bindings need",
     )
+    manifests.add_argument(
+        "--metrics-api", action="store_true", help="with the metrics API, which the provider `builtin` needs"
+    )
     manifests.set_defaults(command=_manifests)
     return parser
 
@@ -90,6 +102,21 @@ def _run(options: argparse.Namespace, settings: Settings) -> int:
     return 0
 
 
+def _metrics_api(options: argparse.Namespace, settings: Settings) -> int:
+    from phoenix_operator import logs
+    from phoenix_operator.metrics_api import app
+
+    logs.configure(options.log_level)
+    try:
+        asyncio.run(app.run(settings, app.Place(os.environ.get("POD_NAMESPACE") or "phoenix-system")))
+    except SettingsError:
+        raise
+    except Exception:
+        _log.exception("the metrics API ended; it should be started again")
+        return 1
+    return 0
+
+
 def _render(options: argparse.Namespace, settings: Settings) -> int:
     from phoenix_api import ManifestError
     from phoenix_operator.install import NAMESPACE
@@ -104,11 +131,14 @@ def _render(options: argparse.Namespace, settings: Settings) -> int:
 
 def _manifests(options: argparse.Namespace, _: Settings) -> int:
     from phoenix_api import crd
-    from phoenix_operator import install
+    from phoenix_operator import install, install_metrics_api
 
     options.folder.mkdir(parents=True, exist_ok=True)
     asked = {name: getattr(options, name) for name in ("namespaces", "secrets", "bindings")}
-    for name, text in install.files(crd.render(), **asked).items():
+    more = {}
+    if options.metrics_api:
+        more[install_metrics_api.FILE] = install_metrics_api.manifests(namespaces=options.namespaces)
+    for name, text in install.files(crd.render(), **asked, more=more).items():
         (options.folder / name).write_text(text)
         print(f"wrote {options.folder / name}", file=sys.stderr)
     return 0

@@ -183,7 +183,7 @@ class Cluster:
         query = {"fieldManager": FIELD_MANAGER, "fieldValidation": "Strict"}
         if not is_first:
             query["force"] = "true"
-        path = kind.path(metadata["namespace"], metadata["name"])
+        path = kind.path(metadata.get("namespace"), metadata["name"])
         stored: Object = await self._request(
             "PATCH", path, query=query, body=manifest, content_type=_APPLY, verb="APPLY"
         )
@@ -306,7 +306,7 @@ class Cluster:
     async def create(self, kind: Kind, manifest: Object) -> Object:
         """Create the object. Raises `ApiError` 409 if it is there."""
         stored: Object = await self._request(
-            "POST", kind.path(manifest["metadata"]["namespace"]), body=manifest, verb="CREATE"
+            "POST", kind.path(manifest["metadata"].get("namespace")), body=manifest, verb="CREATE"
         )
         return stored
 

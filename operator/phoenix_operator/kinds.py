@@ -61,6 +61,9 @@ SECRET = Kind("", "v1", "Secret", "secrets")
 PERSISTENT_VOLUME_CLAIM = Kind("", "v1", "PersistentVolumeClaim", "persistentvolumeclaims")
 NODE = Kind("", "v1", "Node", "nodes")
 EVENT = Kind("", "v1", "Event", "events")
+# of the whole cluster
+API_SERVICE = Kind("apiregistration.k8s.io", "v1", "APIService", "apiservices")
+SUBJECT_ACCESS_REVIEW = Kind("authorization.k8s.io", "v1", "SubjectAccessReview", "subjectaccessreviews")
 LEASE = Kind("coordination.k8s.io", "v1", "Lease", "leases")
 
 # What a PhoenixModel may become, in the order of application: what a pod refers to comes before the Deployment.

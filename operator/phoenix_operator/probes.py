@@ -8,13 +8,13 @@ from collections.abc import Callable
 
 from aiohttp import web
 
-from phoenix_operator.metrics import CONTENT_TYPE, Metrics
+from phoenix_operator.metrics import CONTENT_TYPE, Metrics, MetricsApiMetrics
 
 # Returns what is wrong, in words; nothing is wrong with an empty list.
 Check = Callable[[], list[str]]
 
 
-async def serve(port: int, metrics: Metrics, *, health: Check, readiness: Check) -> web.AppRunner:
+async def serve(port: int, metrics: Metrics | MetricsApiMetrics, *, health: Check, readiness: Check) -> web.AppRunner:
     """Serve the three until the runner is cleaned up. Raises `OSError` if the port is taken."""
 
     def answer(check: Check) -> Callable[[web.Request], "web.StreamResponse"]:
@@ -28,7 +28,8 @@ async def serve(port: int, metrics: Metrics, *, health: Check, readiness: Check)
         return web.Response(body=metrics.render(), headers={"Content-Type": CONTENT_TYPE})
 
     app = web.Application()
-    app.router.add_get("/healthz", answer(health))  # type: ignore[arg-type]
+    for path in ("/healthz", "/livez"):  # the second is what Kubernetes' own servers call it
+        app.router.add_get(path, answer(health))  # type: ignore[arg-type]
     app.router.add_get("/readyz", answer(readiness))  # type: ignore[arg-type]
     app.router.add_get("/metrics", render)
     runner = web.AppRunner(app, access_log=None)
