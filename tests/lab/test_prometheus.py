@@ -320,6 +320,11 @@ def test_up_again_brings_it_back_with_another_token_and_refuses_other_wishes(lab
     assert prometheus.up(lab, is_for_pods=False, interval="5s") == url
     assert server.is_running
     assert server.api_server.token.read_text() != first
+    discovery = processes.read(server.folder / "discovery.json")
+    assert prometheus.up(lab, is_for_pods=False, interval="5s") == url
+    assert discovery is not None
+    assert not discovery.is_running()
+    assert processes.is_running(server.folder / "discovery.json")
     with pytest.raises(LabError, match=r"is up on 127\.0\.0\.1, every 5s; take it down first"):
         prometheus.up(lab, is_for_pods=False, interval="1s")
 
@@ -336,6 +341,13 @@ def test_down_takes_process_data_and_rights(lab, asked):
         prometheus.running(lab)
 
 
+def test_wish_that_cannot_be_leaves_nothing(lab, asked):
+    with pytest.raises(LabError, match="expected whole seconds from 1s to 60s, got '5m'"):
+        prometheus.up(lab, is_for_pods=False, interval="5m")
+    assert asked == []
+    assert not (lab.folder / "prometheus").exists()
+
+
 def test_cluster_that_is_not_the_labs_is_left_alone(lab, monkeypatch, tmp_path):
     given = tmp_path / "kubeconfig"
     given.touch()
@@ -347,4 +359,4 @@ def test_cluster_that_is_not_the_labs_is_left_alone(lab, monkeypatch, tmp_path):
 def test_without_a_cluster_there_is_nothing_to_scrape(lab):
     with pytest.raises(LabError, match="the lab 'unit' is not up"):
         prometheus.up(lab, is_for_pods=False, interval="15s")
-    assert not Path(lab.folder / "prometheus").exists()
+    assert not (lab.folder / "prometheus").exists()

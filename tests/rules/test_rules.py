@@ -1,6 +1,7 @@
 """The recording rules say of each scenario what they should, by promtool; and each part of them is needed for it."""
 
 import re
+import subprocess
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -114,3 +115,9 @@ def test_every_name_in_a_rule_is_a_metric_or_recorded_before():
 def test_rule_file_keeps_the_order_in_one_group_and_takes_another_interval():
     text = queries.rule_file(queries.autoscaling_rules(), interval="5s")
     assert text == RULES.read_text().partition("\n")[2].replace("interval: 15s", "interval: 5s")
+
+
+def test_rule_file_pleases_promtool():
+    command = ["promtool", "check", "rules", "--lint=all", "--lint-fatal", RULES]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stdout + done.stderr

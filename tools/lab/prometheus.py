@@ -139,8 +139,7 @@ class Prometheus(Service):
         **options: Any,
     ) -> None:
         super().__init__(folder, **options)
-        if not 1 <= _seconds(interval) <= _LONGEST_INTERVAL_S:
-            raise LabError(f"interval: expected 1s to {_LONGEST_INTERVAL_S}s, got {interval!r}")
+        _seconds(interval)
         self.interval = interval
         self.api_server = api_server
         self.targets = targets
@@ -232,10 +231,13 @@ class Prometheus(Service):
         (self.folder / "config.yaml").write_text(json.dumps(made, indent=1))
         text = re.sub(r"(?m)^( +interval: ).*$", rf"\g<1>{self.interval}", self.rules.read_text())
         (self.folder / "rules.yaml").write_text(text)
-        if self.api_server and not processes.is_running(self._discovery):
-            self._discover(self.api_server)
+        self.discover_anew()
 
-    def _discover(self, api_server: ApiServer) -> None:
+    def discover_anew(self) -> None:
+        """Start the discovery, again if it runs: the API server may have moved since."""
+        processes.stop([self._discovery])
+        if not (api_server := self.api_server):
+            return
         command = [
             *(sys.executable, pod_discovery.__file__, "--url", api_server.url, "--label", _MODEL, "--out", self._pods),
             *("--authority", api_server.authority, "--token", api_server.token),
@@ -262,9 +264,9 @@ class Prometheus(Service):
 
 
 def _seconds(interval: str) -> int:
-    found = re.fullmatch(r"([0-9]{1,4})s", interval)
-    if not found:
-        raise LabError(f"interval: expected whole seconds such as '5s', got {interval!r}")
+    found = re.fullmatch(r"([0-9]{1,2})s", interval)
+    if not found or not 1 <= int(found[1]) <= _LONGEST_INTERVAL_S:
+        raise LabError(f"interval: expected whole seconds from 1s to {_LONGEST_INTERVAL_S}s, got {interval!r}")
     return int(found[1])
 
 
@@ -273,6 +275,7 @@ def up(lab: Lab, *, is_for_pods: bool, interval: str) -> str:
 
     `is_for_pods`: it listens on the address by which the lab's pods reach this machine.
     """
+    _seconds(interval)
     api_server = _grant(lab)
     host = machine.host_ip() if is_for_pods else _LOOPBACK
     wanted = {"host": host, "interval": interval}
@@ -285,7 +288,9 @@ def up(lab: Lab, *, is_for_pods: bool, interval: str) -> str:
         facts = wanted | {"port": machine.free_port(host, usual=_USUAL_PORT)}
         _facts_file(lab).write_text(json.dumps(facts))
     service = _service(lab, facts, api_server)
-    if not service.is_running:
+    if service.is_running:
+        service.discover_anew()
+    else:
         say(f"starting prometheus on {service.host}:{service.port}")
         service.start()
     say(f"the Prometheus of the lab {lab.name!r} is up {_described(facts)}")
