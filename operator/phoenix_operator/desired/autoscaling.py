@@ -21,7 +21,8 @@ PRESSURE = "inference_latency_seconds_pressure"
 LATENCY = "inference_latency_seconds"
 _SHARE = Decimal("0.7")  # of the measured capacity: the rest is for the time until new pods answer
 _STEADY = Decimal("0.25")  # a measurement that differs by less changes nothing
-_LONGEST_WINDOW_S, _WINDOW_STEP_S = 3600, 10
+# In the first minute of a pod that does not answer its load is missing; the HPA looks back for longer than that.
+_SHORTEST_WINDOW_S, _LONGEST_WINDOW_S, _WINDOW_STEP_S = 60, 3600, 10
 _STEP_S = 60  # of the policies: no more than this much change in such a time
 # Latency of pods that start, or of a number of replicas that has just changed, says nothing about the target.
 _SETTLED_S = 180
@@ -95,7 +96,7 @@ def behavior(subject: Subject, observed: Observed) -> Object:
     # in steps, so that pods that load a little faster or slower do not change the HPA
     twice_s = -int(-2 * load_s // _WINDOW_STEP_S) * _WINDOW_STEP_S
     before = _live_window(observed)
-    window_s = min(max(scaling.scale_down_stabilization_seconds, twice_s, before), _LONGEST_WINDOW_S)
+    window_s = max(scaling.scale_down_stabilization_seconds, twice_s, before, _SHORTEST_WINDOW_S)
     return {
         "scaleUp": {
             "stabilizationWindowSeconds": 0,
@@ -106,7 +107,7 @@ def behavior(subject: Subject, observed: Observed) -> Object:
             ],
         },
         "scaleDown": {
-            "stabilizationWindowSeconds": window_s,
+            "stabilizationWindowSeconds": min(window_s, _LONGEST_WINDOW_S),
             "selectPolicy": "Max",
             "policies": [{"type": "Percent", "value": 25, "periodSeconds": _STEP_S}],
         },

@@ -141,7 +141,15 @@ def monitor(subject: Subject, settings: Settings) -> Object | None:
     asked = settings.monitoring
     if asked.kind is None:
         return None
-    endpoint = {"port": "http", "path": "/metrics", "interval": asked.interval, "honorLabels": False}
+    # the rules leave canaries out by this label
+    track = {"sourceLabels": ["__meta_kubernetes_pod_label_phoenix_ml_io_track"], "targetLabel": "track"}
+    endpoint = {
+        "port": "http",
+        "path": "/metrics",
+        "interval": asked.interval,
+        "honorLabels": False,
+        "relabelings": [track],
+    }
     spec: Object = {"selector": {"matchLabels": selector(subject.name)}}
     if asked.kind is MonitorKind.POD_MONITOR:
         kind = POD_MONITOR
