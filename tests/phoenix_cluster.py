@@ -245,14 +245,14 @@ class Phoenix:
             self.kubectl("rollout", "status", "deployment/phoenix-operator", *where, "--timeout=120s")
             self.wait_for("a leader", self.leader)
 
-    def kill(self, pod: Object) -> None:
-        """End the processes of a pod's container with SIGKILL, as the node sees them: nothing is said goodbye to."""
+    def kill(self, pod: Object, signum: signal.Signals = signal.SIGKILL) -> None:
+        """Send a signal to the processes of a pod's container as the node sees them; SIGKILL says goodbye to nobody."""
         container = pod["status"]["containerStatuses"][0]["containerID"].partition("://")[2]
         killed = 0
         for group in Path("/proc").glob("[0-9]*/cgroup"):
             with contextlib.suppress(OSError):  # processes end while they are looked at
                 if container in group.read_text():
-                    os.kill(int(group.parent.name), signal.SIGKILL)
+                    os.kill(int(group.parent.name), signum)
                     killed += 1
         assert killed, f"no process of {pod['metadata']['name']} on this machine"
 

@@ -99,7 +99,7 @@ def install(kubectl: Kubectl) -> None:
     """Apply the operator's manifests and wait for it; running pods take up an image that was built again."""
     say("installing the operator")
     apply_manifests(kubectl)
-    restart_operator(kubectl, image_id(images()[1]))
+    restart("phoenix-operator", kubectl, image_id(images()[1]))
 
 
 def apply_manifests(kubectl: Kubectl) -> None:
@@ -129,21 +129,35 @@ def services(kubectl: Kubectl) -> tuple[Path, dict[str, object]]:
     return root, settings
 
 
+def prometheus() -> str:
+    """Start Prometheus beside the cluster, with the recording rules; return its URL."""
+    return lab("prometheus", "up", "--for-pods", "--interval", "5s").splitlines()[-1]
+
+
+def metrics_api(kubectl: Kubectl, settings: Mapping[str, object]) -> None:
+    """Install the metrics API, which runs with the operator's settings, and wait until it is asked."""
+    manifests = ROOT / "operator/manifests/metrics-api.yaml"
+    kubectl("apply", "--server-side", "--force-conflicts", "-f", str(manifests))
+    restart("phoenix-metrics-api", kubectl, f"{image_id(images()[1])} {json.dumps(settings)}")
+    for version in ("v1beta1", "v1beta2"):
+        kubectl("wait", "--for=condition=Available", f"apiservice/{version}.custom.metrics.k8s.io", "--timeout=60s")
+
+
 def configure(kubectl: Kubectl, settings: Mapping[str, object]) -> None:
     """Give the operator these settings and wait until it runs with them."""
     text = json.dumps(settings, indent=1)  # which is YAML too
     where = ("-n", OPERATOR_NAMESPACE)
     body = {"data": {"settings.yaml": text}}
     kubectl("patch", "configmap", "phoenix-operator-settings", *where, "--type=merge", "-p", json.dumps(body))
-    restart_operator(kubectl, f"{image_id(images()[1])} {text}")
+    restart("phoenix-operator", kubectl, f"{image_id(images()[1])} {text}")
 
 
-def restart_operator(kubectl: Kubectl, why: str) -> None:
-    """Roll the operator's pods unless they run for the same reason already; wait for the new ones."""
+def restart(deployment: str, kubectl: Kubectl, why: str) -> None:
+    """Roll the pods of a Deployment of ours unless they run for the same reason already; wait for the new ones."""
     annotation = {"spec": {"template": {"metadata": {"annotations": {"phoenix-ml.io/restarted-for": why}}}}}
     where = ("-n", OPERATOR_NAMESPACE)
-    kubectl("patch", "deployment", "phoenix-operator", *where, "--type=merge", "-p", json.dumps(annotation))
-    kubectl("rollout", "status", "deployment/phoenix-operator", *where, "--timeout=120s")
+    kubectl("patch", "deployment", deployment, *where, "--type=merge", "-p", json.dumps(annotation))
+    kubectl("rollout", "status", f"deployment/{deployment}", *where, "--timeout=120s")
 
 
 def image_id(name: str) -> str:

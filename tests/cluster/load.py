@@ -1,7 +1,7 @@
 """Load from inside the cluster, sent to a pod's Python by `kubectl exec`: keep-alive clients ask until stdin ends.
 
-Arguments: URL's host, model, clients, least number of requests. Prints JSON: requests, failures (a sample), versions.
-Standard library only.
+Arguments: URL's host, model, clients, perhaps `new` (a connection for each request, so that each replica gets some of
+them), least number of requests. Prints JSON: requests, failures (a sample), versions. Standard library only.
 """
 
 import collections
@@ -14,7 +14,7 @@ import time
 BODY = json.dumps({"inputs": [{"name": "x", "shape": [1, 4], "datatype": "FP32", "data": [5.1, 3.5, 1.4, 0.2]}]})
 
 
-def main(host: str, model: str, clients: int, least: int) -> None:
+def main(host: str, model: str, clients: int, least: int, *, is_kept: bool) -> None:
     stop = threading.Event()
     lock = threading.Lock()
     versions: collections.Counter[str] = collections.Counter()
@@ -40,6 +40,8 @@ def main(host: str, model: str, clients: int, least: int) -> None:
             else:
                 with lock:
                     versions[version] += 1
+                if not is_kept:
+                    connection.close()
 
     threads = [threading.Thread(target=client) for _ in range(clients)]
     for thread in threads:
@@ -53,4 +55,5 @@ def main(host: str, model: str, clients: int, least: int) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))
+    host, model, clients, *connections, least = sys.argv[1:]
+    main(host, model, int(clients), int(least), is_kept=connections != ["new"])
