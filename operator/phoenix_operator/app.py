@@ -32,6 +32,7 @@ from phoenix_operator.kinds import (
 )
 from phoenix_operator.leader import Lease
 from phoenix_operator.metrics import Metrics
+from phoenix_operator.metrics_api.latencies import Latencies
 from phoenix_operator.observed import Object
 from phoenix_operator.placement import Placement
 from phoenix_operator.pod_state import PodStates
@@ -96,7 +97,9 @@ async def _operator(settings: Settings, place: Place) -> AsyncIterator["_Operato
         stack.push_async_callback(states.close)
         pool = BackendPool(cluster, settings, metrics, namespace=place.namespace)
         stack.push_async_callback(pool.close)
-        operator = _Operator(settings, place, cluster, states, pool, metrics)
+        latencies = Latencies(settings.autoscaling)
+        stack.push_async_callback(latencies.close)
+        operator = _Operator(settings, place, cluster, states, pool, latencies, metrics)
         runner = await probes.serve(settings.http_port, metrics, health=operator.health, readiness=operator.readiness)
         stack.push_async_callback(runner.cleanup)
         yield operator
@@ -112,6 +115,7 @@ class _Operator:
         cluster: Cluster,
         states: PodStates,
         pool: BackendPool,
+        latencies: Latencies,
         metrics: Metrics,
     ) -> None:
         self._settings, self._place, self._metrics = settings, place, metrics
@@ -140,6 +144,7 @@ class _Operator:
                 bindings=Bindings(cluster, self._store, pool, recorder, settings),
                 operator_namespace=place.namespace,
                 served_kinds=lambda: self._resync.served_kinds,
+                latency_s=latencies.of,
             )
         )
         self._lease = Lease(

@@ -65,6 +65,7 @@ def manifests(*, namespaces: Sequence[str] = ()) -> list[Object]:
         _disruption_budget(),
         _service(),
         _network_policy(),
+        _policy_of_operator(),
         *(_api_service(version, 100 + index) for index, version in enumerate(reversed(VERSIONS))),
     ]
 
@@ -182,6 +183,17 @@ def _network_policy() -> Object:
         "metadata": _metadata(NAME),
         "spec": spec,
     }
+
+
+def _policy_of_operator() -> Object:
+    """Out: Prometheus, for the latency in the status of models. Policies add up."""
+    spec = {
+        "podSelector": {"matchLabels": {"app.kubernetes.io/name": OPERATOR}},
+        "policyTypes": ["Egress"],
+        "egress": [{"ports": [_tcp(port) for port in PROMETHEUS_PORTS]}],
+    }
+    metadata = _metadata(f"{OPERATOR}-prometheus")
+    return {"apiVersion": "networking.k8s.io/v1", "kind": "NetworkPolicy", "metadata": metadata, "spec": spec}
 
 
 def _tcp(port: int) -> Object:

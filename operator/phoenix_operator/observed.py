@@ -277,6 +277,7 @@ class Observed:
     bindings: Mapping[str, BindingSeen] = field(default_factory=dict)  # by kind; empty until they have been looked at
     unreleased: Sequence[str] = ()  # why access that nobody asks for any more is not yet taken away
     host_owner: str | None = None  # namespace/name of an older model with the same host and path
+    latency_s: float | None = None  # the percentile of the spec, as it was last recorded
     shortfall: str = ""  # what the nodes lack for a pod that cannot be placed
     now: datetime | None = None
 

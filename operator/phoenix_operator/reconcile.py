@@ -7,7 +7,7 @@ the moment are raised and come back by the queue's backoff; what the user must m
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 
@@ -70,6 +70,7 @@ class Parts:
     bindings: Bindings
     operator_namespace: str
     served_kinds: Callable[[], frozenset[Kind]]
+    latency_s: Callable[[Subject], Awaitable[float | None]]  # of a model that is autoscaled
 
 
 class Reconciler:
@@ -183,10 +184,11 @@ class Reconciler:
             if is_owned(subject, body)
         }
         pods = [Pod(body) for _, body in parts.store.of_model(key, (POD,))]
-        loaded, missing, shortfall = await asyncio.gather(
+        loaded, missing, shortfall, latency_s = await asyncio.gather(
             parts.states.of(subject.name, pods, is_bound=bool(asked(subject)), is_autoscaled=is_autoscaled(subject)),
             self._missing(subject),
             parts.placement.shortfall(pods),
+            parts.latency_s(subject) if is_autoscaled(subject) else _nothing(),
         )
         return Observed(
             children=children,
@@ -197,6 +199,7 @@ class Reconciler:
             refusals=list(self._refused.get(key, {}).values()),
             host_owner=self._host_owner(subject),
             shortfall=shortfall,
+            latency_s=latency_s,
             now=_now(),
         )
 
@@ -409,6 +412,10 @@ class Reconciler:
 
 def _place(manifest: Object) -> tuple[Kind, str]:
     return kind_of(manifest), manifest["metadata"]["name"]
+
+
+async def _nothing() -> None:
+    return None
 
 
 def _now() -> datetime:

@@ -377,9 +377,12 @@ class _View:
         concurrency = values.get(CONCURRENCY)
         if concurrency is not None:
             concurrency *= int(status.get("currentReplicas") or 0)  # the HPA tells it for each replica
+        latency = values.get(LATENCY)
+        if latency is None and self.observed.latency_s is not None:
+            latency = Decimal(self.observed.latency_s)
         return ScalingStatus(
             concurrency=_rounded(concurrency),
-            latency_p95=_rounded(values.get(LATENCY)),
+            latency_p95=_rounded(latency),
             pressure=_rounded(values.get(PRESSURE)),
             desired_replicas=status.get("desiredReplicas"),
         )

@@ -74,6 +74,7 @@ class Operator:
                 bindings=Bindings(cluster, self.store, pool, recorder, SETTINGS),
                 operator_namespace=OPERATOR_NAMESPACE,
                 served_kinds=frozenset,
+                latency_s=_no_latency,
             )
         )
 
@@ -94,6 +95,10 @@ class Operator:
 
     async def secret(self) -> Object:
         return await self.api.must("GET", SECRET.path(NAMESPACE, "fraud-redis"))
+
+
+async def _no_latency(_: Any) -> None:
+    return None
 
 
 @pytest.fixture

@@ -18,6 +18,7 @@ from phoenix_operator.cluster import ApiError, Cluster
 from phoenix_operator.kinds import CHILDREN, DEPLOYMENT, LEASE, OPTIONAL, PHOENIX_MODEL, POD, Kind
 from phoenix_operator.leader import Lease
 from phoenix_operator.metrics import Metrics
+from phoenix_operator.metrics_api.latencies import Latencies
 from phoenix_operator.observed import Object
 from phoenix_operator.pod_state import PodStates
 from phoenix_operator.settings import Settings
@@ -65,7 +66,8 @@ class Running:
         patch.setattr("os._exit", self._exit)
         states = cast(PodStates, States())
         pool = BackendPool(cast(Cluster, cluster), settings, self.metrics, namespace=PLACE.namespace)
-        self.operator = app._Operator(settings, PLACE, cast(Cluster, cluster), states, pool, self.metrics)
+        latencies = Latencies(settings.autoscaling)
+        self.operator = app._Operator(settings, PLACE, cast(Cluster, cluster), states, pool, latencies, self.metrics)
         self.task = asyncio.create_task(self.operator.run(self.stop))
 
     def _exit(self, code: int) -> None:

@@ -211,6 +211,17 @@ async def test_autoscaler_has_the_replicas_for_itself(world: World) -> None:
 
 
 @scenario
+async def test_recorded_latency_is_told_whatever_the_autoscaler_reads(world: World) -> None:
+    world.create(autoscaling=SCALING)
+    world.latency_s = 0.12345
+    await serving(world)
+    assert world.status()["autoscaling"] == {"latencyP95": "120m"}
+    world.create()
+    await world.reconcile()
+    assert "autoscaling" not in world.status()
+
+
+@scenario
 async def test_autoscaler_goes_before_the_replicas_are_set(world: World) -> None:
     world.create(autoscaling=SCALING)
     await serving(world)

@@ -50,6 +50,7 @@ class World:
         self.served = frozenset(served)
         self.cluster = MemoryCluster(self.served)
         self.store, self.states, self.metrics = Store(), States(), Metrics()
+        self.latency_s: float | None = None
         self.settings = settings
         self.services = {(str(row.kind), row.name): Service(str(row.kind)) for row in settings.backends}
         for row in settings.backends:
@@ -74,8 +75,12 @@ class World:
                 bindings=Bindings(cluster, self.store, self.pool, recorder, self.settings),
                 operator_namespace=OPERATOR_NAMESPACE,
                 served_kinds=lambda: self.served,
+                latency_s=self._latency,
             )
         )
+
+    async def _latency(self, subject: Subject) -> float | None:
+        return self.latency_s
 
     def _open(self, config: BackendSettings, admin: Mapping[str, str]) -> MemoryBackend:
         if "host" not in admin:
