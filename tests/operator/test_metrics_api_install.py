@@ -148,7 +148,7 @@ def test_image_and_settings_are_the_operators(tmp_path: Path) -> None:
 
 
 def test_ports_lead_from_the_api_server_to_the_container() -> None:
-    (deployment,), (service,), (policy,) = (of_kind(kind) for kind in ("Deployment", "Service", "NetworkPolicy"))
+    (deployment,), (service,), (policy, _) = (of_kind(kind) for kind in ("Deployment", "Service", "NetworkPolicy"))
     (container,) = deployment["spec"]["template"]["spec"]["containers"]
     ports = {row["name"]: row["containerPort"] for row in container["ports"]}
     assert ports == {"https": 8443, "http": 8080}
