@@ -317,7 +317,8 @@ def test_prometheus_that_fails_is_503_and_never_zero(world: World, reply: Promet
     assert failed == 1
 
 
-def test_prometheus_that_comes_back_is_asked_again(world: World) -> None:
+def test_prometheus_that_comes_back_is_asked_again(world: World, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
     world.prometheus.reply = answering("", 503).reply
 
     async def scenario(world: World) -> list[int]:
@@ -329,6 +330,8 @@ def test_prometheus_that_comes_back_is_asked_again(world: World) -> None:
         return codes
 
     assert through(world, scenario)[0] == 503
+    told = [record.message for record in caplog.records if record.message.startswith("Prometheus")]
+    assert told == ["Prometheus does not answer", "Prometheus answers again"], "each once"
 
 
 def test_failure_is_shared_so_that_a_hanging_prometheus_is_waited_for_once(world: World) -> None:
