@@ -226,6 +226,7 @@ class World:
         self.server: app.MetricsApi
         self.running: asyncio.Task[None]
         self.stop: asyncio.Event
+        self.writers: list[asyncio.StreamWriter] = []
 
     @asynccontextmanager
     async def running_api(self, *, is_ready: bool = True) -> AsyncIterator[None]:
@@ -245,6 +246,8 @@ class World:
                     await until(lambda: not self.server.readiness())
                 yield
             finally:
+                for writer in self.writers:
+                    writer.close()
                 self.stop.set()
                 await self.running
 
