@@ -78,8 +78,7 @@ class TlsServer:
             for connection in (server.connections if server else ())
             if (transport := connection.transport) is not None and transport not in self._known
         ]
-        found.sort(key=lambda row: row[0], reverse=True)
-        for rank, (seen_at, connection) in enumerate(found):
+        for rank, (seen_at, connection) in enumerate(reversed(found)):  # the server lists the oldest first
             if rank >= _STRANGERS or now - seen_at > _STRANGER_S:
                 connection.force_close()
 
