@@ -13,6 +13,7 @@ from lab import certificates
 from metrics_api_world import FrontProxy, Prometheus, World, model, on_socket, path, until
 
 from phoenix_operator import settings
+from phoenix_operator.metrics_api import readings
 from phoenix_operator.metrics_api.metrics import METRICS, expression
 from phoenix_operator.metrics_api.prometheus import RESULTS, PrometheusClient, PrometheusError
 
@@ -334,7 +335,10 @@ def test_prometheus_that_comes_back_is_asked_again(world: World, caplog: pytest.
     assert told == ["Prometheus does not answer", "Prometheus answers again"], "each once"
 
 
-def test_failure_is_shared_so_that_a_hanging_prometheus_is_waited_for_once(world: World) -> None:
+def test_failure_is_shared_so_that_a_hanging_prometheus_is_waited_for_once(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(readings, "_LONGEST_FAILURE_S", 60)
     world.prometheus.waits = asyncio.Event()
     world.settings["cacheSeconds"] = 60
 
