@@ -121,8 +121,8 @@ bench-operator: $(DEV) ## Measure what 1,000 models cost the operator, on a real
 	$(SYNC) --extra server --extra operator --group dev --group bench
 	$(BIN)/python benchmarks/operator_bench.py $(BENCH_ARGS)
 
-.PHONY: bench-metrics-api
-bench-metrics-api: $(DEV) ## Measure what an autoscaler costs that polls 200 models every 15 s
+.PHONY: bench-metrics
+bench-metrics: $(DEV) ## Measure what an autoscaler costs that polls 200 models every 15 s
 	$(BIN)/python benchmarks/metrics_api_bench.py $(BENCH_ARGS)
 
 ##@ Lab

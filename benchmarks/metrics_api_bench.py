@@ -259,7 +259,7 @@ def write(outcome: Outcome, options: argparse.Namespace) -> Path:
     for table in tables(outcome):
         lines += table.markdown()
     (folder / "latest.md").write_text(
-        "\n".join([*lines, "Made by `make bench-metrics-api`; see `benchmarks/README.md`."]) + "\n"
+        "\n".join([*lines, "Made by `make bench-metrics`; see `benchmarks/README.md`."]) + "\n"
     )
     return file
 
