@@ -15,6 +15,7 @@ import aiohttp
 from aiohttp import web
 from kubernetes.aio import client
 from lab import certificates
+from yarl import URL
 
 from phoenix_operator.cluster import Cluster, Pace
 from phoenix_operator.metrics import MetricsApiMetrics
@@ -253,7 +254,7 @@ class World:
 
     async def ask(
         self,
-        path: str,
+        path: str | URL,
         *,
         certificate: str | None = "front-proxy",
         bundle: bytes | None = None,
@@ -268,7 +269,7 @@ class World:
             aiohttp.ClientSession(connector=connector) as session,
             session.request(
                 method,
-                f"https://127.0.0.1:{self.server.port}{path}",
+                URL(f"https://127.0.0.1:{self.server.port}").join(URL(path)),
                 headers={name: value for name, value in names.items() if value},
                 server_hostname=f"{NAME}.{NAMESPACE}.svc",
             ) as response,

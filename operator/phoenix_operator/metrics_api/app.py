@@ -255,6 +255,8 @@ class MetricsApi:
 
     async def _metric(self, request: web.Request) -> web.StreamResponse:
         question = Question(**request.match_info)
+        if not question.is_possible:
+            raise web.HTTPNotFound()
         query = request.query
         selectors = query.get("labelSelector", ""), query.get("metricLabelSelector", "")
         return web.json_response(await self._api.answer(request[_CALLER], question, *selectors))
