@@ -127,6 +127,10 @@ bench-rules: $(DEV) ## Measure how long the recording rules of 1,000 models take
 	$(SYNC) --extra server --extra operator --group dev --group bench
 	$(BIN)/python benchmarks/rules_bench.py $(BENCH_ARGS)
 
+.PHONY: bench-metrics
+bench-metrics: $(DEV) ## Measure what an autoscaler costs that polls 200 models every 15 s
+	$(BIN)/python benchmarks/metrics_api_bench.py $(BENCH_ARGS)
+
 ##@ Lab
 LAB = PYTHONPATH=tools $(PYTHON) -m lab
 

@@ -194,13 +194,17 @@ def told(server: ApiServer, tmp_path_factory: pytest.TempPathFactory) -> dict[st
                     kind="application/json-patch+json",
                 )
         (folder / "again").mkdir()
-        async with server.connected() as api, on_socket(prometheus.answer) as source:
-            async with running(server, folder / "again", port, token, source):
-                async with asyncio.timeout(60):
-                    while (renewed := await place.raw(mine, user=HPA)).code:
-                        await asyncio.sleep(0.5)
-                found["renewed"] = renewed
-                found["new bundle"] = await available(api, folder / "again")
+        async with (
+            server.connected() as api,
+            on_socket(prometheus.answer) as source,
+            running(server, folder / "again", port, token, source),
+        ):
+            async with asyncio.timeout(60):
+                renewed = await place.raw(mine, user=HPA)
+                while renewed.code:
+                    await asyncio.sleep(0.5)
+                    renewed = await place.raw(mine, user=HPA)
+            found["renewed"], found["new bundle"] = renewed, await available(api, folder / "again")
         return found
 
     return asyncio.run(main())

@@ -15,6 +15,7 @@ import aiohttp
 from aiohttp import web
 from kubernetes.aio import client
 from lab import certificates
+from yarl import URL
 
 from phoenix_operator.cluster import Cluster, Pace
 from phoenix_operator.metrics import MetricsApiMetrics
@@ -226,6 +227,7 @@ class World:
         self.server: app.MetricsApi
         self.running: asyncio.Task[None]
         self.stop: asyncio.Event
+        self.writers: list[asyncio.StreamWriter] = []
 
     @asynccontextmanager
     async def running_api(self, *, is_ready: bool = True) -> AsyncIterator[None]:
@@ -245,12 +247,14 @@ class World:
                     await until(lambda: not self.server.readiness())
                 yield
             finally:
+                for writer in self.writers:
+                    writer.close()
                 self.stop.set()
                 await self.running
 
     async def ask(
         self,
-        path: str,
+        path: str | URL,
         *,
         certificate: str | None = "front-proxy",
         bundle: bytes | None = None,
@@ -265,7 +269,7 @@ class World:
             aiohttp.ClientSession(connector=connector) as session,
             session.request(
                 method,
-                f"https://127.0.0.1:{self.server.port}{path}",
+                URL(f"https://127.0.0.1:{self.server.port}").join(URL(path)),
                 headers={name: value for name, value in names.items() if value},
                 server_hostname=f"{NAME}.{NAMESPACE}.svc",
             ) as response,

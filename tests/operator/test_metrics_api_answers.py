@@ -7,7 +7,9 @@ from typing import Any
 import pytest
 from aiohttp import web
 from metrics_api_world import HPA, FrontProxy, World, model, path
+from yarl import URL
 
+from phoenix_operator.metrics_api import authorization, models
 from phoenix_operator.metrics_api.answers import quantity
 
 CONCURRENCY, PRESSURE = "inference_latency_seconds_concurrency", "inference_latency_seconds_pressure"
@@ -27,6 +29,13 @@ def world(proxy: FrontProxy) -> World:
     world.prometheus.put(SERIES, "2.5")
     world.prometheus.put(SERIES, "0", model="churn")
     return world
+
+
+@pytest.fixture(autouse=True)
+def _what_is_known_stands(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However slow the machine is, nothing is asked again for its age."""
+    monkeypatch.setattr(models, "_STANDS_S", 3600)
+    monkeypatch.setattr(authorization, "_ALLOWED_S", 3600)
 
 
 def through(world: World, scenario: Scenario) -> Any:
@@ -146,6 +155,21 @@ def test_what_is_asked_wrongly_or_is_not_there_is_told(world: World, asked: str,
         assert (answer.body["kind"], answer.body["status"], answer.body["code"]) == ("Status", "Failure", code)
         assert answer.body["reason"] == {404: "NotFound", 400: "BadRequest"}[code]
         assert words in answer.body["message"]
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        {"namespace": "ml%2F..%2Fother"}, {"namespace": ".."}, {"namespace": "ML"}, {"namespace": "x" * 64},
+        {"namespace": "a%22b"}, {"name": "..%2Fx"}, {"name": "a%0Ab"}, {"name": "**"}, {"name": "x" * 254},
+        {"resource": "a%2Fb"}, {"metric": "x" * 300}, {"metric": "a%20b"},
+    ],
+)  # fmt: skip
+def test_name_that_no_object_can_have_goes_nowhere(world: World, names: dict[str, str]) -> None:
+    answer = through(world, lambda world: world.ask(URL(path(**names), encoded=True)))
+    assert (answer.code, answer.body["reason"]) == (404, "NotFound")
+    assert not world.kubernetes.reviews
+    assert not world.kubernetes.lists
 
 
 def test_method_other_than_get_is_refused(world: World) -> None:
@@ -299,7 +323,7 @@ def test_discovery_names_group_versions_and_metrics(world: World) -> None:
 
 def test_two_hundred_models_are_one_query_a_metric_and_one_list(world: World) -> None:
     names = [f"model-{number}" for number in range(200)]
-    world.settings["cacheSeconds"] = 5
+    world.settings["cacheSeconds"] = 60
     world.kubernetes.models["ml"] = [model(name) for name in names]
     for name in names:
         world.prometheus.put(SERIES, "1.5", model=name)

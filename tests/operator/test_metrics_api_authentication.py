@@ -2,6 +2,7 @@
 
 import asyncio
 import ssl
+import time
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -11,6 +12,7 @@ from aiohttp import web
 from metrics_api_world import CONFIG, HPA, FrontProxy, World, config_map, model, path, until
 from multidict import CIMultiDict
 
+from phoenix_operator.metrics_api import tls_server
 from phoenix_operator.metrics_api.authentication import (
     Caller,
     ConfigError,
@@ -139,6 +141,68 @@ def test_request_that_is_served_during_a_rotation_is_answered(world: World, prox
         return (await asking).code
 
     assert through(world, scenario) == 200
+
+
+async def connections(world: World, count: int) -> list[asyncio.StreamReader]:
+    """Open connections without a certificate that ask for nothing."""
+    context = world.proxy.context(world.kubernetes.bundle(), None)
+    name = "phoenix-metrics-api.phoenix-system.svc"
+    opened = [
+        await asyncio.open_connection("127.0.0.1", world.server.port, ssl=context, server_hostname=name)
+        for _ in range(count)
+    ]
+    world.writers = [writer for _, writer in opened]  # else they would be closed here
+    return [reader for reader, _ in opened]
+
+
+async def has_ended(reader: asyncio.StreamReader) -> bool:
+    async with asyncio.timeout(20):
+        return await reader.read() == b""
+
+
+def test_connection_that_asks_for_nothing_is_ended(world: World) -> None:
+    async def scenario(world: World) -> None:
+        (reader,) = await connections(world, 1)
+        tls, now = world.server._tls, time.monotonic()
+        assert tls is not None
+        await until(lambda: bool(tls._strangers))
+        tls.end_strangers(now + 20)
+        assert not reader.at_eof()
+        tls.end_strangers(now + 40)
+        assert await has_ended(reader)
+
+    through(world, scenario)
+
+
+def test_connections_of_strangers_are_bounded_and_the_oldest_end(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tls_server, "_STRANGERS", 2)
+
+    async def scenario(world: World) -> None:
+        readers = await connections(world, 4)
+        for reader in readers[:2]:
+            assert await has_ended(reader)
+        assert not any(reader.at_eof() for reader in readers[2:])
+        assert (await world.ask(path())).code == 200
+
+    through(world, scenario)
+
+
+def test_answer_to_a_stranger_ends_the_connection(world: World) -> None:
+    answer = through(world, lambda world: world.ask(path(), certificate=None))
+    assert (answer.code, answer.headers["Connection"]) == (401, "close")
+
+
+@pytest.mark.parametrize("sent", [b"\x00\x01\x02\r\n\r\n", b"GET / HTTP/1.1\r\nX: " + b"x" * 100_000 + b"\r\n\r\n"])
+def test_request_that_is_none_is_refused_and_harms_nobody(world: World, sent: bytes) -> None:
+    async def scenario(world: World) -> bytes:
+        (reader,) = await connections(world, 1)
+        world.writers[0].write(sent)
+        async with asyncio.timeout(20):
+            said = await reader.readline()
+        assert (await world.ask(path())).code == 200
+        return said
+
+    assert b" 400 " in through(world, scenario)
 
 
 def test_config_map_that_turns_bad_leaves_what_was_known(world: World) -> None:

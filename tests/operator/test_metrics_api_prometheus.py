@@ -13,6 +13,7 @@ from lab import certificates
 from metrics_api_world import FrontProxy, Prometheus, World, model, on_socket, path, until
 
 from phoenix_operator import settings
+from phoenix_operator.metrics_api import readings
 from phoenix_operator.metrics_api.metrics import METRICS, expression
 from phoenix_operator.metrics_api.prometheus import RESULTS, PrometheusClient, PrometheusError
 
@@ -317,7 +318,8 @@ def test_prometheus_that_fails_is_503_and_never_zero(world: World, reply: Promet
     assert failed == 1
 
 
-def test_prometheus_that_comes_back_is_asked_again(world: World) -> None:
+def test_prometheus_that_comes_back_is_asked_again(world: World, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
     world.prometheus.reply = answering("", 503).reply
 
     async def scenario(world: World) -> list[int]:
@@ -329,9 +331,14 @@ def test_prometheus_that_comes_back_is_asked_again(world: World) -> None:
         return codes
 
     assert through(world, scenario)[0] == 503
+    told = [record.message for record in caplog.records if record.message.startswith("Prometheus")]
+    assert told == ["Prometheus does not answer", "Prometheus answers again"], "each once"
 
 
-def test_failure_is_shared_so_that_a_hanging_prometheus_is_waited_for_once(world: World) -> None:
+def test_failure_is_shared_so_that_a_hanging_prometheus_is_waited_for_once(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(readings, "_LONGEST_FAILURE_S", 60)
     world.prometheus.waits = asyncio.Event()
     world.settings["cacheSeconds"] = 60
 

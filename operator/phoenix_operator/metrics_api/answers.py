@@ -1,5 +1,6 @@
 """What is answered: lists of values in both versions of the API, quantities, and failures as Status objects. Pure."""
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -12,6 +13,8 @@ from phoenix_operator.metrics_api.names import GROUP
 from phoenix_operator.metrics_api.readings import Reading
 
 Document = dict[str, Any]
+_NAMESPACE = re.compile("[a-z0-9](?:[-a-z0-9]{0,61}[a-z0-9])?")
+_NAME = re.compile("[A-Za-z0-9](?:[-A-Za-z0-9_.]{0,251}[A-Za-z0-9])?")
 
 
 class Failure(Exception):
@@ -43,6 +46,12 @@ class Question:
     resource: str
     name: str
     metric: str
+
+    @property
+    def is_possible(self) -> bool:
+        """Whether there could be objects of these names; they become parts of paths and keys of what is kept."""
+        names = (self.resource, self.metric, "x" if self.is_about_all else self.name)
+        return bool(_NAMESPACE.fullmatch(self.namespace)) and all(_NAME.fullmatch(name) for name in names)
 
     @property
     def is_about_all(self) -> bool:

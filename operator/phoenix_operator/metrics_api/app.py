@@ -255,6 +255,8 @@ class MetricsApi:
 
     async def _metric(self, request: web.Request) -> web.StreamResponse:
         question = Question(**request.match_info)
+        if not question.is_possible:
+            raise web.HTTPNotFound()
         query = request.query
         selectors = query.get("labelSelector", ""), query.get("metricLabelSelector", "")
         return web.json_response(await self._api.answer(request[_CALLER], question, *selectors))
@@ -270,6 +272,8 @@ class MetricsApi:
         except Failure as failure:
             code = failure.code
             response = web.json_response(failure.document(), status=code)
+            if code == 401:
+                response.force_close()
         finally:
             self._in_flight -= 1
             self._metrics.requests.labels(str(code)).inc()
@@ -338,9 +342,11 @@ class MetricsApi:
             _log.info("serving", extra={"port": self._tls.port})
 
     async def _beat(self) -> None:
-        """Show that the loop goes round."""
+        """Show that the loop goes round, and send away who holds connections for nothing."""
         while True:
             self._seen_at = time.monotonic()
+            if self._tls is not None:
+                self._tls.end_strangers(self._seen_at)
             await asyncio.sleep(1)
 
 

@@ -4,15 +4,18 @@ Hides the sharing and which of the series of a model counts. A value that is no 
 only one is no reading: the autoscaler is told that there is none.
 """
 
+import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from phoenix_operator.metrics_api.label_selector import Selector
 from phoenix_operator.metrics_api.metrics import METRICS, MODEL_LABEL, NAMESPACE_LABEL, Metric, expression
-from phoenix_operator.metrics_api.prometheus import PrometheusClient, Sample
+from phoenix_operator.metrics_api.prometheus import PrometheusClient, PrometheusError, Sample
 from phoenix_operator.metrics_api.shared import Shared
 
+_log = logging.getLogger(__name__)
+_LONGEST_FAILURE_S = 5.0
 # As much as a quantity takes in thousandths.
 LARGEST = 9.0e15
 ABSENCES = ("no_series", "several_series", "not_finite", "negative", "too_large")
@@ -43,8 +46,9 @@ class Readings:
     def __init__(self, client: PrometheusClient, *, cache_s: float, max_age_s: float) -> None:
         self._client, self._max_age_s = client, max_age_s
         self._shared: Shared[tuple[str, str], Series] = Shared(
-            self._ask, lifetime_s=lambda _: cache_s, failure_s=max(cache_s, 1.0)
+            self._ask, lifetime_s=lambda _: cache_s, failure_s=min(max(cache_s, 1.0), _LONGEST_FAILURE_S)
         )
+        self._told = ""
 
     async def series(self, metric: Metric, namespace: str) -> Series:
         """Return the series of each model of a namespace. Raises `PrometheusError`."""
@@ -56,12 +60,26 @@ class Readings:
 
     async def _ask(self, key: tuple[str, str]) -> Series:
         name, namespace = key
-        samples = await self._client.query(expression(METRICS[name], namespace, max_age_s=self._max_age_s))
+        samples = await self._query(expression(METRICS[name], namespace, max_age_s=self._max_age_s))
         found: dict[str, list[Sample]] = {}
         for sample in samples:
             if sample.labels.get(NAMESPACE_LABEL) == namespace and (model := sample.labels.get(MODEL_LABEL)):
                 found.setdefault(model, []).append(sample)
         return found
+
+    async def _query(self, query: str) -> list[Sample]:
+        """Ask, and tell the log once that Prometheus fails, and in which way."""
+        try:
+            samples = await self._client.query(query)
+        except PrometheusError as error:
+            if str(error) != self._told:
+                self._told = str(error)
+                _log.warning("Prometheus does not answer", extra={"cause": self._told})
+            raise
+        if self._told:
+            self._told = ""
+            _log.info("Prometheus answers again")
+        return samples
 
 
 def choose(series: Sequence[Sample], metric: Metric, selector: Selector) -> Reading | Absence:

@@ -2,7 +2,8 @@
 
 Hides that an `SSLContext` cannot be taken back: each change gets a new one, on a second descriptor of the same
 listening socket, so that no connection that waits is lost. When the authorities change, connections made before end
-with the request that they serve, because they were verified by what no longer counts.
+with the request that they serve, because they were verified by what no longer counts. A connection that asks nothing
+worth an answer is not kept for long: whoever reaches the port can open any number of them.
 """
 
 import asyncio
@@ -19,6 +20,7 @@ from aiohttp import web
 from phoenix_operator.metrics_api.certificates import CertificateError, Pair
 
 _BACKLOG = 128
+_STRANGERS, _STRANGER_S = 256, 30.0
 
 
 class TlsServer:
@@ -31,6 +33,8 @@ class TlsServer:
         self._authorities_pem = ""
         self._current: weakref.WeakSet[ssl.SSLContext] = weakref.WeakSet()  # those with these authorities
         self._busy: set[asyncio.Transport] = set()
+        self._known: weakref.WeakSet[asyncio.BaseTransport] = weakref.WeakSet()  # those that were answered
+        self._strangers: weakref.WeakKeyDictionary[asyncio.BaseTransport, float] = weakref.WeakKeyDictionary()
 
     @property
     def port(self) -> int:
@@ -60,10 +64,23 @@ class TlsServer:
     def answering(self, transport: asyncio.Transport) -> Iterator[None]:
         """Let the connection of a request live until it is answered."""
         self._busy.add(transport)
+        self._known.add(transport)
         try:
             yield
         finally:
             self._busy.discard(transport)
+
+    def end_strangers(self, now: float) -> None:
+        """Close connections that have asked for nothing that they may know, after 30 s or when there are too many."""
+        server = self._runner.server
+        found = [
+            (self._strangers.setdefault(transport, now), connection)
+            for connection in (server.connections if server else ())
+            if (transport := connection.transport) is not None and transport not in self._known
+        ]
+        for rank, (seen_at, connection) in enumerate(reversed(found)):  # the server lists the oldest first
+            if rank >= _STRANGERS or now - seen_at > _STRANGER_S:
+                connection.force_close()
 
     def _end_others(self) -> None:
         server = self._runner.server
