@@ -83,13 +83,16 @@ def milli(quantity: str | int | float) -> int:
 
 
 class HorizontalController:
-    """Decides for one HPA, step by step."""
+    """Decides for one HPA, step by step.
 
-    def __init__(self, flags: Flags | None = None) -> None:
+    Without a `history` it begins like a controller that has just started, whose first recommendation is what is there.
+    """
+
+    def __init__(self, flags: Flags | None = None, history: rules.History | None = None) -> None:
         self._flags = flags or Flags()
-        self.history = rules.History()
+        self._is_new = history is None
+        self.history = history or rules.History()
         self.conditions: dict[str, Condition] = {}
-        self._is_new = True
 
     def step(self, now_s: float, spec: Spec, target: Target, metrics: Metrics) -> Decision:
         """Look at the HPA once. `spec` is that of an autoscaling/v2 HPA; `now_s` never goes back."""
@@ -98,8 +101,7 @@ class HorizontalController:
         self._set("AbleToScale", True, "SucceededGetScale")
         if self._is_new:
             self._is_new = False
-            if not self.history.recommendations:
-                self.history.recommendations.append(rules.Recommendation(current, now_s))
+            self.history.recommendations.append(rules.Recommendation(current, now_s))
         if current == 0 and not self._may_leave_zero(spec):
             self._set("ScalingActive", False, "ScalingDisabled", "the replica count of the target is zero")
             if not self._flags.scale_to_zero:

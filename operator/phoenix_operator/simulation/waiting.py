@@ -24,8 +24,8 @@ class Service:
     """What one replica does: `concurrency` requests at once.
 
     A request takes `alone_s` when it is the only one and `loaded_s` when all places are taken, in between in
-    proportion: that is what batching and shared cores come to. `variation` is the squared coefficient of variation of a lognormal
-    service time; 0 is a fixed one.
+    proportion: that is what batching and shared cores come to. `variation` is the squared coefficient of variation of
+    a lognormal service time; 0 is a fixed one.
     """
 
     concurrency: int
@@ -87,7 +87,7 @@ class Steady:
             for service_s in self._after_wait:
                 if service_s < seconds:
                     total += each * (1 - math.exp(-(((seconds - service_s) / self._scale) ** self._shape)))
-        return total
+        return min(1.0, total)
 
     @cached_property
     def shares(self) -> list[float]:
