@@ -132,6 +132,16 @@ def _operator(page: str) -> Callable[[], str]:
     return render
 
 
+def _simulation(what: str, *arguments: str) -> Callable[[], str]:
+    def render() -> str:
+        import simulation_pages
+
+        text: str = getattr(simulation_pages, what)(*arguments)
+        return text if arguments else _HEADER + text
+
+    return render
+
+
 def _manifest(name: str) -> Callable[[], str]:
     def render() -> str:
         from phoenix_api import crd
@@ -161,6 +171,9 @@ FILES: dict[str, Callable[[], str]] = {
     "docs/reference/operator-settings.md": _operator("settings_page"),
     "docs/reference/operator-metrics.md": _operator("metrics_page"),
     "docs/reasons/README.md": _condition_reasons,
+    # the page is made of the traces
+    **{f"docs/autoscaling/traces/{name}.csv": _simulation("trace", name) for name in ("step", "spike", "day")},
+    "docs/autoscaling/example.md": _simulation("example"),
     "operator/manifests/bindings.yaml": _binding_rights,
     **{f"operator/manifests/cluster/{name}": _manifest(name) for name in _INSTALL},
 }

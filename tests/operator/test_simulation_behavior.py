@@ -9,7 +9,15 @@ from hypothesis import strategies as st
 
 from phoenix_operator.simulation import behavior as rules
 from phoenix_operator.simulation.behavior import (
-    DEFAULT_DOWN, DEFAULT_UP, Behavior, History, RatePolicy, Recommendation, ScaleEvent, ScalingRules, Wish,
+    DEFAULT_DOWN,
+    DEFAULT_UP,
+    Behavior,
+    History,
+    RatePolicy,
+    Recommendation,
+    ScaleEvent,
+    ScalingRules,
+    Wish,
 )  # fmt: skip
 
 NOW_S = 1_000_000.0
@@ -85,16 +93,12 @@ LIMITS = {
         100, 2, 5, 1000, 5, TOO_FEW, down=scaling(0, 0, 100, 120), downs=[1, 5, 9]
     ),
     "down after downs: by pods": case(100, 2, 1, 1000, 100, DOWN_LIMIT, down=scaling(5, 120, 0, 0), downs=[1, 5, 9]),
-    "down after downs: by percent": case(
-        100, 0, 1, 1000, 56, DOWN_LIMIT, down=scaling(0, 0, 50, 120), downs=[2, 4, 6]
-    ),
+    "down after downs: by percent": case(100, 0, 1, 1000, 56, DOWN_LIMIT, down=scaling(0, 0, 50, 120), downs=[2, 4, 6]),
     "down after ups and downs": case(10, 1, 1, 1000, 6, DOWN_LIMIT, down=scaling(0, 0, 50, 180), ups=[2], downs=[4]),
     "down after more downs than are allowed": case(
         100, 0, 1, 1000, 100, DOWN_LIMIT, down=scaling(0, 0, 10, 120), downs=[10, 10, 10]
     ),
-    "down: a limit under zero": case(
-        10, 5, 1, 1000, 5, IN_RANGE, down=scaling(0, 0, 1000, 120), downs=[10, 10, 10]
-    ),
+    "down: a limit under zero": case(10, 5, 1, 1000, 5, IN_RANGE, down=scaling(0, 0, 1000, 120), downs=[10, 10, 10]),
     "up: old events do not count": case(
         100, 200, 1, 1000, 200, IN_RANGE, up=scaling(1000, 60, 0, 0), ups=[8, 12, 9, 11]
     ),

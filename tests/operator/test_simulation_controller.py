@@ -9,7 +9,13 @@ from hypothesis import strategies as st
 
 from phoenix_operator.simulation.behavior import History, Recommendation
 from phoenix_operator.simulation.controller import (
-    Condition, Decision, Flags, HorizontalController, Metrics, Target, milli,
+    Condition,
+    Decision,
+    Flags,
+    HorizontalController,
+    Metrics,
+    Target,
+    milli,
 )  # fmt: skip
 from phoenix_operator.simulation.replica_calculator import Delays, Pod, PodMetric
 

@@ -9,7 +9,15 @@ from hypothesis import strategies as st
 
 from phoenix_operator.simulation import replica_calculator as calculator
 from phoenix_operator.simulation.replica_calculator import (
-    MAX_INT32, MAX_INT64, Delays, MetricsError, Pod, PodMetric, Proposal, Tolerances, group_pods,
+    MAX_INT32,
+    MAX_INT64,
+    Delays,
+    MetricsError,
+    Pod,
+    PodMetric,
+    Proposal,
+    Tolerances,
+    group_pods,
 )  # fmt: skip
 
 NOW_S = 1_000_000.0
@@ -243,7 +251,9 @@ def test_series_are_added_up_to_the_largest_int64() -> None:
 MINUTE = 60.0
 GROUPS = {
     "void": ([], {}, True, (0, set(), set(), set())),
-    "memory: readiness does not matter": ([Pod("a", is_ready=None)], {"a": PodMetric(1)}, False, (1, set(), set(), set())),
+    "memory: readiness does not matter": (
+        [Pod("a", is_ready=None)], {"a": PodMetric(1)}, False, (1, set(), set(), set()),
+    ),
     "cpu: no condition Ready": ([Pod("a", is_ready=None)], {"a": PodMetric(1)}, True, (0, {"a"}, set(), set())),
     "cpu: not started": ([Pod("a", started_s=None)], {"a": PodMetric(1)}, True, (0, {"a"}, set(), set())),
     "cpu: new, with a metric of its time as ready": (
@@ -280,7 +290,9 @@ GROUPS = {
 
 
 @pytest.mark.parametrize("row", GROUPS.values(), ids=GROUPS)
-def test_groups_of_pods(row: tuple[list[Pod], dict[str, PodMetric], bool, tuple[int, set[str], set[str], set[str]]]) -> None:
+def test_groups_of_pods(
+    row: tuple[list[Pod], dict[str, PodMetric], bool, tuple[int, set[str], set[str], set[str]]],
+) -> None:
     pods, metrics, is_cpu, expected = row
     found = group_pods(pods, metrics, is_cpu=is_cpu, now_s=NOW_S, delays=DELAYS)
     assert (found.ready, found.unready, found.missing, found.ignored) == expected

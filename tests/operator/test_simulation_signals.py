@@ -67,7 +67,18 @@ def test_percentile_is_that_of_the_manifest() -> None:
 
 @pytest.mark.parametrize(
     ("ratio", "expected"),
-    [(None, 0), (math.nan, 0), (0, 0), (0.6999, 0), (0.7, 1), (1.0, 1), (1.0001, 1.0001), (1.9, 1.9), (7, 2), (math.inf, 2)],
+    [
+        (None, 0),
+        (math.nan, 0),
+        (0, 0),
+        (0.6999, 0),
+        (0.7, 1),
+        (1.0, 1),
+        (1.0001, 1.0001),
+        (1.9, 1.9),
+        (7, 2),
+        (math.inf, 2),
+    ],
 )
 def test_pressure_holds_raises_or_has_no_opinion(ratio: float | None, expected: float) -> None:
     assert pressure(ratio) == expected

@@ -33,6 +33,7 @@ def draw(runs: Sequence[Run], file: Path, title: str) -> None:
     check(file)
     import matplotlib
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullLocator
 
     settings = {"svg.hashsalt": "phoenix", "svg.fonttype": "none", "font.size": 9}
     with matplotlib.rc_context(settings):
@@ -49,9 +50,12 @@ def draw(runs: Sequence[Run], file: Path, title: str) -> None:
             latency.plot(hours, _series(run, lambda step: step.latency_s), **look)
         replicas.set_ylabel("replicas")
         replicas.set_ylim(bottom=0)
-        replicas.legend(loc="upper left", ncols=len(runs))
+        replicas.legend(loc="upper right")
         latency.axhline(runs[0].slo_s, color="#444444", linestyle="--", linewidth=0.8)
         latency.set_yscale("log")
+        latency.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        latency.yaxis.set_major_formatter("{x:g}")
+        latency.yaxis.set_minor_locator(NullLocator())
         latency.set_ylabel(f"p{runs[0].percentile} in seconds\n(dashed: objective)")
         latency.set_xlabel("hours")
         for axes in (load, replicas, latency):
