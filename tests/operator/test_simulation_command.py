@@ -236,6 +236,10 @@ def test_times_that_no_replica_has_are_refused(manifest: Path, trace: Path, caps
         (f"{HEADER}0,nan\n60,2\n", "t.csv:2: requests_per_second: expected a number from 0 to 10000000, got 'nan'"),
         (f"{HEADER}0,1\n1e9,2\n", "t.csv:3: seconds: expected a number from 0 to 2678400, got '1e9'"),
         (
+            f"{HEADER}0,1\n{'x' * 140_000},2\n",
+            "t.csv:3: expected values with commas between, got: field larger than field limit (131072)",
+        ),
+        (
             f"{HEADER}0,{'9' * 99}\n1,2\n",
             f"t.csv:2: requests_per_second: expected a number from 0 to 10000000, got '{'9' * 64}…'",
         ),

@@ -71,7 +71,7 @@ services = st.builds(
     st.sampled_from([0.0, 0.25, 1.0]),
 )
 loads_s = st.sampled_from([10.0, 45.0, 120.0])
-PROPERTY = settings(max_examples=25, deadline=None)
+PROPERTY = settings(max_examples=15, deadline=None)
 
 
 @given(services, loads_s, st.sampled_from([1.5, 2, 3, 4, 8]), st.floats(0.1, 8))

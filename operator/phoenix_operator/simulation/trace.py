@@ -9,6 +9,10 @@ from bisect import bisect_right
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from _csv import Reader as _Reader
 
 HEADER = ("seconds", "requests_per_second")
 MOST_SECONDS = 31 * 86_400.0
@@ -41,15 +45,22 @@ def read_trace(file: Path) -> Trace:
     try:
         with file.open(newline="", encoding="utf-8-sig") as lines:
             return parse_trace(lines, str(file))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
+    except (OSError, UnicodeDecodeError) as error:
         raise TraceError(f"{file}: expected a CSV file, got: {error}") from error
 
 
 def parse_trace(lines: Iterable[str], name: str) -> Trace:
     """Read a trace of lines of text. Raises `TraceError`."""
+    rows = csv.reader(lines)
+    try:
+        return _trace(rows, name)
+    except csv.Error as error:
+        raise TraceError(f"{name}:{rows.line_num}: expected values with commas between, got: {error}") from error
+
+
+def _trace(rows: "_Reader", name: str) -> Trace:
     seconds: list[float] = []
     per_second: list[float] = []
-    rows = csv.reader(lines)
     header = next(rows, [])
     if tuple(cell.strip() for cell in header) != HEADER:
         raise TraceError(f"{name}:1: expected the header {','.join(HEADER)}, got {_shown(','.join(header))}")
