@@ -74,13 +74,33 @@ loads_s = st.sampled_from([10.0, 45.0, 120.0])
 PROPERTY = settings(max_examples=15, deadline=None)
 
 
-@given(services, loads_s, st.sampled_from([1.5, 2, 3, 4, 8]), st.floats(0.1, 8))
+@given(
+    st.sampled_from([8, 16]),
+    st.sampled_from([10, 50, 200]),
+    st.sampled_from([0.0, 0.25]),
+    loads_s,
+    st.sampled_from([1.5, 2, 3, 4, 8]),
+    st.floats(0.1, 8),
+)
 @PROPERTY
-def test_constant_load_never_flaps(service: Service, load_s: float, stretch: float, share: float) -> None:
-    """Requests that come evenly: after it has settled, the number of replicas does not turn, whatever the objective."""
-    slo_ms = round(stretch * service.alone_s * 1000)
-    of = run("slo", constant(share * service.most_per_second, 2 * HOUR_S), service, slo_ms, load_s=load_s, seed=None)
+def test_constant_load_never_flaps(
+    concurrency: int, alone_ms: int, variation: float, load_s: float, stretch: float, share: float
+) -> None:
+    """Requests that come evenly: after it has settled the number of replicas does not turn, whatever the objective."""
+    service = Service(concurrency, alone_ms / 1000, alone_ms / 1000, variation)
+    of = run("slo", constant(share * service.most_per_second, 2 * HOUR_S), service, round(stretch * alone_ms),
+             load_s=load_s, seed=None)  # fmt: skip
     assert turns(counts(of, HOUR_S)) == 0
+
+
+def test_few_places_may_go_to_and_fro_at_some_loads_unless_up_is_tolerant() -> None:
+    """Waiting counts as concurrency: with one replica fewer there is so much more of it that one has to come back."""
+    service = Service(2, 0.01, 0.01, 1.0)
+    trace = constant(1.125 * service.most_per_second, 2 * HOUR_S)
+    down = {"stabilizationWindowSeconds": WINDOW_S, "policies": [{"type": "Percent", "value": 25, "periodSeconds": 60}]}
+    tolerant = {"scaleUp": {"tolerance": "300m"}, "scaleDown": down}
+    assert 10 < turns(counts(run("slo", trace, service, 80, seed=None), HOUR_S)) <= 2 * HOUR_S / WINDOW_S
+    assert turns(counts(run("slo", trace, service, 80, seed=None, behavior=tolerant), HOUR_S)) == 0
 
 
 @given(services, loads_s, st.sampled_from([4, 8]), st.floats(0.5, 8), st.integers(0, 1000))
