@@ -163,6 +163,7 @@ DOWN_WINDOWS = {
     "lower before": (((1, 2), (2, 1)), 3, 3, 3),
     "only old ones": (((10, 10), (9, 9)), 3, 3, 2),
     "old and new": (((10, 10), (4, 1), (5, 2), (9, 9)), 3, 5, 4),
+    "as old as the window: still counts": (((9, 5),), 3, 9, 2),
 }
 
 
@@ -189,6 +190,8 @@ WINDOWS = {
     "up, the only old one is overwritten": (
         ((10, 100), (6, 1), (5, 2), (9, 3)), 1, 100, 300, 0, 5, [100, 6, 5, 9],
     ),
+    "down, as old as the window: no longer counts, not yet overwritten": (((9, 5),), 100, 3, 0, 300, 3, [9, 3]),
+    "up, as old as the window: no longer counts, not yet overwritten": (((2, 5),), 3, 8, 300, 0, 8, [2, 8]),
     "both, does not rise on the way down": (((2, 100), (3, 3)), 2, 1, 300, 300, 2, [1, 3]),
     "both, does not fall on the way up": (((2, 100), (1, 3)), 2, 3, 300, 300, 2, [3, 1]),
 }  # fmt: skip
@@ -215,6 +218,9 @@ EVENTS = {
     "the last of the old ones": (
         ((8, 29), (6, 59), (7, 61), (9, 61)), scaling(10, 60, 100, 30), 14,
         [(8, False), (6, False), (7, True), (5, False)],
+    ),
+    "as old as the period: no longer counts, not yet overwritten": (
+        ((7, 60),), scaling(10, 60, 0, 0), 0, [(7, False), (5, False)],
     ),
     "both are young": (
         ((7, 58), (6, 59)), scaling(10, 120, 100, 30), 13, [(7, False), (6, False), (5, False)],
