@@ -211,6 +211,18 @@ def test_value_of_an_object(row: tuple[int, int, int, int, Tolerances, int]) -> 
     assert calculator.object_value(current, value, target, pods, tolerances) == Proposal(wanted, value)
 
 
+def test_only_running_pods_are_multiplied() -> None:
+    pods = [Pod("a"), Pod("b"), Pod("c", phase="Succeeded"), Pod("d", phase="Pending"), Pod("e", is_ready=None)]
+    assert calculator.object_value(5, 3000, 1000, pods, Tolerances()).replicas == 6
+
+
+@pytest.mark.parametrize(("value", "wanted"), [(8_999, 9), (9_000, 10), (11_000, 10), (11_001, 12)])
+def test_the_ends_of_the_tolerance_belong_to_it(value: int, wanted: int) -> None:
+    assert calculator.object_average(10, value, 1000, Tolerances()).replicas == wanted
+    pods = [Pod(f"pod-{index}") for index in range(10)]
+    assert calculator.object_value(10, value, 10_000, pods, Tolerances()).replicas == wanted
+
+
 AVERAGES = {
     # replicas of the status, value, target, tolerances, wanted, usage per replica
     "up": (3, 20000, 5000, Tolerances(), 4, 6667),
