@@ -201,6 +201,12 @@ def test_events_and_usages_are_those_of_the_controller() -> None:
     assert decision.error.startswith("invalid metrics (1 invalid out of 2), first error is: unable to fetch metrics")
 
 
+def test_averages_are_over_the_replicas_of_the_status_and_values_over_ready_pods() -> None:
+    rollout = Target(4, 5, target(5, ready=3).pods)
+    assert look(hpa(1, 10, A), rollout, Metrics(objects={"a": 5_400})).replicas == 5  # 1.08 for each of five
+    assert look(hpa(1, 10, B), rollout, Metrics(objects={"b": 2_000})).replicas == 6
+
+
 def test_metrics_of_pods_and_external_ones_are_read_from_the_spec() -> None:
     goal = {"type": "AverageValue", "averageValue": "15"}
     of_pods = {"type": "Pods", "pods": {"metric": {"name": "qps"}, "target": goal}}

@@ -126,6 +126,11 @@ CPU = {
         4, 2, 6, (200, 100, 100), 300, (1000, 1000, 2000, 2000), ready=(False, True, True, True)
     ),
     "rolling update with a pod too many": Case(2, 2, 10, (100, 100), 50, ones(3), phases=("Running",) * 3),
+    "missing pods would turn it upwards": Case(3, 3, 30, (300,), 50, ones(3)),
+    "fewer pods than replicas would turn it downwards": Case(
+        4, 4, 120, (1200,), 50, ones(4), phases=("Running", "Pending", "Running", "Running"),
+        deleting=(False, False, True, True),
+    ),
     "just over the tolerance, down": Case(10, 9, 50, (150,) * 10, 56, ALMOST_NOTHING_OVER),
     "just within the tolerance": Case(10, 10, 50, (150,) * 10, 55, ALMOST_NOTHING_OVER),
 }  # fmt: skip

@@ -71,7 +71,8 @@ def test_every_replica_has_a_distribution_of_times(
 @pytest.mark.parametrize(
     ("changed", "told"),
     [
-        ({"concurrency": 0}, "concurrency: expected 1 or more, got 0"),
+        ({"concurrency": 0}, "concurrency: expected 1 to 10000, got 0"),
+        ({"concurrency": 10_001}, "concurrency: expected 1 to 10000, got 10001"),
         ({"alone_s": 0.0}, "service time: expected more than 0 s, got 0.0 s and 0.1 s"),
         ({"alone_s": 0.2}, "loaded service time: expected 0.2 s to 0.8 s, the time alone to 4 times it, got 0.1 s"),
         ({"loaded_s": 0.9}, "loaded service time: expected 0.1 s to 0.4 s, the time alone to 4 times it, got 0.9 s"),

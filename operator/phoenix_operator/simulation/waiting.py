@@ -15,6 +15,7 @@ from itertools import pairwise
 
 _GRID = [step / 200 for step in range(200)] + [0.997, 0.998, 0.999, 0.9995]
 STEADY_MOST = 0.95  # beyond it a queue takes longer to settle than load stays the same
+_MOST_CONCURRENCY = 10_000  # of one replica; tables of more take long to make
 _SERVICE_POINTS = 15
 _POINTS = 60
 
@@ -35,8 +36,8 @@ class Service:
 
     def __post_init__(self) -> None:
         """Raise `ValueError` for what no server does."""
-        if self.concurrency < 1:
-            raise ValueError(f"concurrency: expected 1 or more, got {self.concurrency}")
+        if not 1 <= self.concurrency <= _MOST_CONCURRENCY:
+            raise ValueError(f"concurrency: expected 1 to {_MOST_CONCURRENCY}, got {self.concurrency}")
         if not 0 < self.alone_s < math.inf or not 0 < self.loaded_s < math.inf:
             raise ValueError(f"service time: expected more than 0 s, got {self.alone_s} s and {self.loaded_s} s")
         if self.loaded_s < self.alone_s or self.loaded_s > self.alone_s * self.concurrency:
