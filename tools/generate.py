@@ -133,6 +133,16 @@ def _operator(page: str) -> Callable[[], str]:
     return render
 
 
+def _simulation(what: str, *arguments: str) -> Callable[[], str]:
+    def render() -> str:
+        import simulation_pages
+
+        text: str = getattr(simulation_pages, what)(*arguments)
+        return text if arguments else _HEADER + text
+
+    return render
+
+
 def _manifest(name: str) -> Callable[[], str]:
     def render() -> str:
         from phoenix_api import crd
@@ -183,6 +193,9 @@ FILES: dict[str, Callable[[], str]] = {
     "docs/reference/operator-metrics.md": _operator("metrics_page"),
     "docs/reference/metrics-api-metrics.md": _operator("metrics_api_page"),
     "docs/reasons/README.md": _condition_reasons,
+    # the page is made of the traces
+    **{f"docs/autoscaling/traces/{name}.csv": _simulation("trace", name) for name in ("step", "spike", "day")},
+    "docs/autoscaling/example.md": _simulation("example"),
     "operator/manifests/bindings.yaml": _binding_rights,
     "dashboards/rules/phoenix.rules.yaml": _recording_rules,
     "operator/manifests/metrics-api.yaml": _metrics_api,

@@ -1,8 +1,12 @@
-"""The command line: `phoenix-operator run | metrics-api | render | manifests`. It alone reads the environment."""
+"""The command line: `phoenix-operator run | metrics-api | render | manifests | simulate`.
+
+The only place that reads the environment.
+"""
 
 import argparse
 import asyncio
 import logging
+import math
 import os
 import socket
 import sys
@@ -57,6 +61,8 @@ def _parser() -> argparse.ArgumentParser:
     render.add_argument("--settings", type=Path, metavar="FILE", help="settings (YAML)")
     render.set_defaults(command=_render)
 
+    _add_simulate(commands)
+
     manifests = commands.add_parser(
         "manifests",
         help="write the operator's own manifests",
@@ -81,6 +87,60 @@ def _parser() -> argparse.ArgumentParser:
     )
     manifests.set_defaults(command=_manifests)
     return parser
+
+
+def _add_simulate(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    from phoenix_operator.simulation.policies import POLICIES
+
+    simulate = commands.add_parser(
+        "simulate",
+        help="simulate the autoscaling of a model",
+        description="Simulate a model under a load, with our autoscaling, one on the plain percentile and one on CPU. "
+        "Needs no cluster.",
+    )
+    simulate.add_argument("manifest", type=Path, metavar="MODEL.yaml", help="a PhoenixModel with autoscaling")
+    simulate.add_argument("trace", type=Path, metavar="TRACE.csv", help="lines of seconds,requests_per_second")
+    simulate.add_argument(
+        "--capacity", type=_count, metavar="N", help="requests that a replica serves at once; absent: from the manifest"
+    )
+    simulate.add_argument(
+        "--service-ms", type=_amount, metavar="X", help="time of a request alone; absent: a quarter of the objective"
+    )
+    simulate.add_argument(
+        "--loaded-service-ms", type=_amount, metavar="X", help="time of a request among as many as the capacity"
+    )
+    simulate.add_argument(
+        "--variation", type=_amount, default=0.25, metavar="V", help="squared coefficient of variation of that time"
+    )
+    simulate.add_argument("--load-seconds", type=_amount, default=30.0, metavar="S", help="until a new pod is ready")
+    simulate.add_argument(
+        "--cpu-share", type=_amount, default=1.0, metavar="X", help="of the CPU request, used at full load"
+    )
+    simulate.add_argument("--replicas", type=_count, metavar="N", help="at the beginning; absent: what the load needs")
+    simulate.add_argument("--seed", type=int, default=1, metavar="N", help="of the random arrivals")
+    simulate.add_argument(
+        "--policy", action="append", choices=list(POLICIES), help="one of those that are compared; may be repeated"
+    )
+    simulate.add_argument("--csv", type=Path, metavar="FILE", help="write every step")
+    simulate.add_argument("--picture", type=Path, metavar="FILE", help="draw it (.svg, .png); needs the extra simulate")
+    simulate.set_defaults(command=_simulate)
+
+
+def _count(text: str) -> int:
+    number = int(text) if text.isascii() and text.isdecimal() and len(text) < 10 else 0
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number from 1, got {text!r}")
+    return number
+
+
+def _amount(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not 0 <= number <= 1e9:
+        raise argparse.ArgumentTypeError(f"expected a number from 0 to 1e9, got {text!r}")
+    return number
 
 
 def _names(text: str) -> tuple[str, ...]:
@@ -126,6 +186,35 @@ def _render(options: argparse.Namespace, settings: Settings) -> int:
         return render(options.paths, settings, operator_namespace=NAMESPACE)
     except ManifestError as error:
         print(error, file=sys.stderr)
+        return 1
+
+
+def _simulate(options: argparse.Namespace, _: Settings) -> int:
+    from phoenix_api import ManifestError
+    from phoenix_operator.simulation.command import Options, SimulateError, command
+    from phoenix_operator.simulation.picture import PictureError
+    from phoenix_operator.simulation.policies import POLICIES
+    from phoenix_operator.simulation.trace import TraceError
+
+    asked = Options(
+        options.manifest,
+        options.trace,
+        capacity=options.capacity,
+        service_ms=options.service_ms,
+        loaded_service_ms=options.loaded_service_ms,
+        variation=options.variation,
+        load_s=options.load_seconds,
+        cpu_share=options.cpu_share,
+        replicas=options.replicas,
+        seed=options.seed,
+        policies=tuple(dict.fromkeys(options.policy or POLICIES)),
+        csv=options.csv,
+        picture=options.picture,
+    )
+    try:
+        return command(asked)
+    except (ManifestError, SimulateError, TraceError, PictureError) as error:
+        print(f"phoenix-operator: {error}", file=sys.stderr)
         return 1
 
 
