@@ -5,12 +5,12 @@ import random
 from itertools import pairwise
 
 import pytest
-from hpa_recording import NAME, Scene, Step, controller
+from hpa_recording import NAME, Step, controller
 
 from phoenix_operator.simulation.controller import HorizontalController, Metrics, Target
 from phoenix_operator.simulation.replica_calculator import Pod
 
-LOOKS = 130
+LOOKS = 160
 CONCURRENCY, PRESSURE = "inference_latency_seconds_concurrency", "inference_latency_seconds_pressure"
 
 
@@ -53,23 +53,17 @@ async def _recorded(seed: int) -> list[Step]:
         scene.values = {CONCURRENCY: 0, PRESSURE: 0}
         await scene.next_look()
         await scene.run_pods()
-        load = 2000
         while len(scene.steps) < LOOKS:
-            load = max(0, min(16_000, load + dice.choice([-4000, -1500, -300, 0, 0, 300, 1500, 4000])))
-            pressure = dice.choice([0, 0, 0, 1000, 1000, 1100, 1350, 2000])
-            scene.values = {
-                CONCURRENCY: None if dice.random() < 0.08 else load,
-                PRESSURE: None if dice.random() < 0.08 else pressure,
-            }
-            scene.unready = dice.choice([0, 0, 0, 1, 2])
-            await _hold(scene, dice.randint(1, 4))
+            load, pressure = dice.randrange(0, 14_000), dice.choice([0, 0, 0, 0, 0, 1000, 1200, 2000])
+            for _ in range(dice.randint(2, 11)):
+                scene.values = {
+                    CONCURRENCY: None if dice.random() < 0.06 else load + dice.randrange(0, 900),
+                    PRESSURE: None if dice.random() < 0.06 else pressure,
+                }
+                scene.unready = dice.choice([0, 0, 0, 1, 2])
+                await scene.run_pods()
+                await scene.next_look()
         return scene.steps
-
-
-async def _hold(scene: Scene, looks: int) -> None:
-    for _ in range(looks):
-        await scene.run_pods()
-        await scene.next_look()
 
 
 @pytest.mark.slow
