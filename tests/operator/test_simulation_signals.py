@@ -44,6 +44,12 @@ def test_signals_are_those_of_the_rules(recorder: Recorder, concurrency: float, 
     assert found.pressure == pytest.approx(pressed, abs=1e-4)
 
 
+@pytest.mark.parametrize(("requests", "pressed"), [(2.49, 0), (2.51, 1.4875)])
+def test_twenty_requests_in_two_minutes_are_enough_to_tell(requests: float, pressed: float) -> None:
+    """Eight scrapes see seven gains, which are extrapolated to two minutes: 19.92 and 20.08."""
+    assert recorded(36, 5, requests, 0.14, 0).evaluate(540.0).pressure == pytest.approx(pressed)
+
+
 def test_signals_are_absent_once_nothing_is_scraped() -> None:
     recorder = recorded(20, 5, 150, 0.14, 1.4)
     assert recorder.evaluate(300 + 59).concurrency is not None
