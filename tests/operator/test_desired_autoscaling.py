@@ -5,7 +5,7 @@ from decimal import Decimal
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from objects import NOW, SETTINGS, by_place, deployment, hpa, loaded, ready, rendered, seen, subject
 
@@ -199,6 +199,7 @@ def test_guard_stays_while_pods_or_their_number_are_new() -> None:
     assert autoscaling.is_guard_off(model, around(model, loaded(capacity=10), live=live))
 
 
+@settings(deadline=None)
 @given(st.integers(1, 256), st.integers(1, 256))
 def test_target_settles_whatever_is_measured(first: int, second: int) -> None:
     """What a measurement leads to, the same measurement leaves alone."""

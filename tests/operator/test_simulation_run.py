@@ -238,7 +238,7 @@ def test_a_step_of_load_ends_within_the_objective() -> None:
 def test_slow_pods_make_the_plain_percentile_overshoot_and_ours_not() -> None:
     """The percentile multiplies what is ready: while pods load it asks for ever more of them."""
     service, trace = Service(1, 0.2, 0.2, 0.25), Trace((0, 1800, 7200), (2, 12, 12))
-    ours, plain = (run(policy, trace, service, 800, load_s=120) for policy in ("slo", "latency"))
+    ours, plain = (run(policy, trace, service, 800, load_s=60) for policy in ("slo", "latency"))
     assert max(counts(plain)) > max(counts(ours))
     assert plain.share_over > ours.share_over
 

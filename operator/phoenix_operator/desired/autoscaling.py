@@ -19,7 +19,7 @@ from phoenix_operator.settings import AutoscalingProvider, Settings
 CONCURRENCY = "inference_latency_seconds_concurrency"
 PRESSURE = "inference_latency_seconds_pressure"
 LATENCY = "inference_latency_seconds"
-_SHARE = Decimal("0.7")  # of the measured capacity: the rest is for the time until new pods answer
+TARGET_SHARE = Decimal("0.7")  # of the measured capacity: the rest is for the time until new pods answer
 _STEADY = Decimal("0.25")  # a measurement that differs by less changes nothing
 # In the first minute of a pod that does not answer its load is missing; the HPA looks back for longer than that.
 _SHORTEST_WINDOW_S, _LONGEST_WINDOW_S, _WINDOW_STEP_S = 60, 3600, 10
@@ -124,7 +124,7 @@ def concurrency_target(subject: Subject, observed: Observed) -> Decimal | None:
     before = _live_target(observed)
     if not capacities:
         return before
-    measured = _SHARE * Decimal(median(capacities))
+    measured = TARGET_SHARE * Decimal(median(capacities))
     return before if before is not None and abs(measured - before) <= _STEADY * before else measured
 
 

@@ -7,8 +7,9 @@ from pathlib import Path
 
 from phoenix_api import PhoenixModel, read_manifests
 from phoenix_api.types import Autoscaling
+from phoenix_operator.desired.autoscaling import TARGET_SHARE
 from phoenix_operator.simulation import picture, report
-from phoenix_operator.simulation.policies import POLICIES, TARGET_SHARE
+from phoenix_operator.simulation.policies import POLICIES
 from phoenix_operator.simulation.run import Run, Scenario, simulate, table_of
 from phoenix_operator.simulation.serving import Replica
 from phoenix_operator.simulation.trace import Trace, read_trace
@@ -104,10 +105,10 @@ def _model(file: Path) -> tuple[PhoenixModel, Autoscaling]:
 
 def _capacity(asked: Autoscaling) -> int:
     per_replica = asked.concurrency_per_replica
-    return _USUAL_CAPACITY if per_replica is None else max(1, round(per_replica / TARGET_SHARE))
+    return _USUAL_CAPACITY if per_replica is None else max(1, round(per_replica / float(TARGET_SHARE)))
 
 
 def _enough(asked: Autoscaling, trace: Trace, service: Service) -> int:
     """Return the replicas that the first load needs."""
-    needed = trace.per_second[0] / (service.most_per_second * TARGET_SHARE)
+    needed = trace.per_second[0] / (service.most_per_second * float(TARGET_SHARE))
     return max(asked.min_replicas, min(asked.max_replicas, round(needed + 0.499)))

@@ -5,34 +5,21 @@ from typing import Any
 
 from phoenix_api import PhoenixModel
 from phoenix_api.types import API_VERSION, KIND, Autoscaling
+from phoenix_operator.desired.autoscaling import LATENCY, autoscaler
+from phoenix_operator.observed import Loaded, Observed, Subject
+from phoenix_operator.settings import AutoscalingProvider, AutoscalingSettings, Settings
 from phoenix_operator.simulation.controller import Spec
 
-CONCURRENCY = "inference_latency_seconds_concurrency"
-PRESSURE = "inference_latency_seconds_pressure"
-LATENCY = "inference_latency_seconds"
-TARGET_SHARE = 0.7  # of the measured capacity
-_MOST_WINDOW_S = 3600  # that the API allows
+_SETTINGS = Settings(autoscaling=AutoscalingSettings(provider=AutoscalingProvider.BUILTIN))
 
 
 def slo_hpa(model: PhoenixModel, asked: Autoscaling, capacity: int, load_s: float) -> Spec:
-    """Return our HPA: concurrency scales, pressure holds or raises; up fast, down slowly, or as `behavior` says."""
-    per_replica = asked.concurrency_per_replica
-    milli = per_replica * 1000 if per_replica is not None else round(TARGET_SHARE * capacity * 1000)
-    window_s = min(_MOST_WINDOW_S, max(asked.scale_down_stabilization_seconds, round(2 * load_s)))
-    up = [_policy("Percent", 100), _policy("Pods", 4)]
-    own = {
-        "scaleUp": {"stabilizationWindowSeconds": 0, "selectPolicy": "Max", "policies": up},
-        "scaleDown": {
-            "stabilizationWindowSeconds": window_s,
-            "selectPolicy": "Max",
-            "policies": [_policy("Percent", 25)],
-        },
-    }
-    metrics = [
-        _object(model, CONCURRENCY, {"type": "AverageValue", "averageValue": f"{milli}m"}),
-        _object(model, PRESSURE, {"type": "Value", "value": "1"}),
-    ]
-    return _hpa(model, asked, metrics, own if asked.behavior is None else asked.behavior)
+    """Return the HPA that the operator makes for a model whose pods tell this capacity and time to load."""
+    pod = Loaded(None, None, None, [], [], load_s=load_s, capacity=capacity)
+    made = autoscaler(Subject(model, "", 1, "", {}), Observed(loaded={"pod": pod}), _SETTINGS)
+    assert made is not None
+    spec: Spec = made["spec"]
+    return spec
 
 
 def latency_hpa(model: PhoenixModel, asked: Autoscaling, capacity: int, load_s: float) -> Spec:
@@ -52,10 +39,6 @@ POLICIES: dict[str, Callable[[PhoenixModel, Autoscaling, int, float], Spec]] = {
     "latency": latency_hpa,
     "cpu": cpu_hpa,
 }
-
-
-def _policy(kind: str, value: int) -> dict[str, Any]:
-    return {"type": kind, "value": value, "periodSeconds": 60}
 
 
 def _object(model: PhoenixModel, metric: str, goal: dict[str, Any]) -> dict[str, Any]:

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 from random import Random
 
+from phoenix_operator.desired.autoscaling import CONCURRENCY, LATENCY, PRESSURE
 from phoenix_operator.simulation.controller import Decision, HorizontalController, Metrics, Spec, Target
-from phoenix_operator.simulation.policies import CONCURRENCY, LATENCY, PRESSURE
 from phoenix_operator.simulation.serving import STEP_S, SUB_STEPS, Fleet, Replica, Tally, latency_bounds_s
 from phoenix_operator.simulation.signals import ABSENT, Recorder, Scrape, Signals, histogram_quantile
 from phoenix_operator.simulation.trace import Trace

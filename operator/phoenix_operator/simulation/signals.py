@@ -1,6 +1,6 @@
 """What the recording rules make of the counters: the three signals, in Python.
 
-Hides the arithmetic of PromQL that they need: `rate` with its extrapolation, `avg_over_time`, `histogram_quantile`, and
+Hides the arithmetic of PromQL that they need: `rate` with its extrapolation, `min_over_time`, `histogram_quantile`, and
 what `or` and comparisons do to series that are missing. Windows are open at their old end, as in Prometheus 3.
 """
 
@@ -72,10 +72,10 @@ class Recorder:
 
 
 def concurrency(scrapes: Sequence[Scrape], now_s: float) -> float | None:
-    """Return the mean requests in service or queue: the larger of the rate of time spent and the mean gauge."""
+    """Return the mean requests in service or queue: the rate of time spent, or the lowest the gauge was, if larger."""
     if not scrapes:
         return None
-    gauge = sum(scrape.inflight for scrape in scrapes) / len(scrapes)
+    gauge = min(scrape.inflight for scrape in scrapes)
     spent = rate([(scrape.at_s, scrape.total_s) for scrape in scrapes], now_s, CONCURRENCY_WINDOW_S)
     return spent if spent is not None and spent > gauge else gauge
 
