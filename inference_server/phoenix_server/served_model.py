@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import logging
 import time
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -26,7 +27,7 @@ from phoenix_server.tensors import Signature
 _log = logging.getLogger(__name__)
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, weakref_slot=True)
 class ServedModel:
     """One loaded version with everything a request needs. `max_request_bytes` bounds the (decompressed) body."""
 
@@ -65,14 +66,21 @@ class ServedModel:
         return self.capacity
 
     async def retire(self, within_s: float) -> None:
-        """Finish what is queued and running, for at most that long, then free the model."""
+        """Finish what is queued and running, for at most that long; the model is freed with its last holder.
+
+        One who was admitted before may come with the rest of its body, or its features, only now.
+        """
         try:
             async with asyncio.timeout(within_s):
                 await self.batcher.drain()
         except TimeoutError:
-            _log.error("requests were still running when the version was freed", extra={"model": self.name})
-        self.runner.close()
-        self.engine.close()
+            _log.error("requests still run in a version that is not served any more", extra={"model": self.name})
+        weakref.finalize(self, _free, self.runner, self.engine)
+
+
+def _free(runner: Runner, engine: Engine) -> None:
+    runner.close()
+    engine.close()
 
 
 class Loader:

@@ -1,6 +1,7 @@
 """Starting, refusing to start, reloading: each fault has its own reason, message and exit code, and nothing that serves
 is harmed by it."""
 
+import asyncio
 import http.client
 import json
 import os
@@ -9,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,12 @@ from onnx import TensorProto, helper
 from phoenix_process import Running, wait_until
 
 import phoenix_api
+from phoenix_api import read_manifests
+from phoenix_server.artifacts import ArtifactStore
 from phoenix_server.errors import Reason
+from phoenix_server.metrics import Metrics
+from phoenix_server.repository import Repository
+from phoenix_server.settings import Settings
 
 IRIS = Path(__file__).parents[2] / "examples" / "iris"
 BODY = json.dumps({"inputs": [{"name": "x", "shape": [1, 1], "datatype": "FP32", "data": [2]}]}).encode()
@@ -325,6 +332,52 @@ def test_reload_to_a_broken_version_keeps_the_old_one_serving(tmp_path: Path) ->
         write_manifest(folder, version="3")
         wait_until(lambda: answer(server) == 14, "the repaired version answers")
         assert request(server, "GET", "/v2/health/ready")[0] == 200
+
+
+def test_request_whose_body_comes_after_its_version_has_gone_is_answered_by_it(tmp_path: Path) -> None:
+    write_model(tmp_path, times(2))
+    write_manifest(tmp_path)
+    with phoenix_process.start([tmp_path]) as server:
+        connection = http.client.HTTPConnection(server.rest_url.removeprefix("http://"), timeout=30)
+        connection.putrequest("POST", "/v2/models/times/infer")
+        connection.putheader("Content-Length", str(len(BODY)))
+        connection.endheaders(BODY[:10])
+        assert answer(server) == 4  # and so the other's head has been read
+        write_model(tmp_path, times(7))
+        write_manifest(tmp_path, version="2")
+        wait_until(lambda: answer(server) == 14, "the new version answers")
+        wait_until(lambda: ("times", "1") not in index(server), "the old one has gone")
+        connection.send(BODY[10:])
+        response = connection.getresponse()
+        said = json.loads(response.read())
+        assert (response.status, said["model_version"]) == (200, "1"), said
+        assert said["outputs"][0]["data"] == [4.0]
+        connection.close()
+
+
+def test_version_that_nobody_holds_any_more_is_freed(tmp_path: Path) -> None:
+    write_model(tmp_path, times(2))
+    [manifest] = read_manifests([write_manifest(tmp_path)])
+
+    async def main() -> None:
+        settings = Settings(measure_capacity=False)
+        store = ArtifactStore(model_store=tmp_path, cache_dir=tmp_path / "cache")
+        repository = Repository(settings, Metrics(), store)
+        await repository.start([manifest])
+        held = repository.get("times")
+        sessions, gone = held.engine._sessions, weakref.ref(held)
+        await repository.unload("times")
+        assert sessions
+        del held
+        for _ in range(100):
+            if gone() is None:
+                break
+            await asyncio.sleep(0.01)
+        assert gone() is None
+        assert not sessions
+        await repository.close()
+
+    asyncio.run(main())
 
 
 def test_failed_load_by_request_keeps_the_old_one_serving(tmp_path: Path) -> None:
