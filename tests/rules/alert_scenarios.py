@@ -64,6 +64,7 @@ def _prometheus(ok: str, timeout: str) -> Series:
     return {f'{name}"ok"}}': ok, f'{name}"timeout"}}': timeout}
 
 
+_EACH_THIRD_MINUTE = " ".join(str(minute // 3) for minute in range(60))
 _FRAUD = {"namespace": "ml", "model": "fraud"}
 _SYSTEM = {"namespace": "phoenix-system"}
 _AUDIT = {"namespace": "ml", "job": "models", "phoenix_ml_io_model": "fraud"}
@@ -235,6 +236,7 @@ FIRES = (
 QUIET = (
     Quiet("PhoenixModelDown", "another pod answers", FIRES[1].series, 17),
     Quiet("PhoenixModelDown", "the model was taken away", _up("1x10 stale") | _inflight("3x10 stale"), 13),
+    Quiet("PhoenixModelDown", "the server serves it no more", _up("1x50") | _inflight("3x10 stale"), 13),
     Quiet("PhoenixModelDown", "a pod is starting and never served", _up("0x50")),
     Quiet(
         "PhoenixPodDown",
@@ -245,14 +247,14 @@ QUIET = (
     Quiet(
         "PhoenixPodDown",
         "it answers again within minutes",
-        _up("1x10 0x2 1x40") | _inflight("3x10 stale stale 3x40") | _up("1x50", "b") | _inflight("3x50", "b"),
-        17,
+        _up("1x10 0x2 1x40") | _inflight("3x10 stale _x2 3x40") | _up("1x50", "b") | _inflight("3x50", "b"),
+        13,
     ),
     Quiet("PhoenixLatencyOverObjective", "below", {f"phoenix:inference_slo_ratio{{{MODEL}}}": "0.99x60"}),
-    Quiet("PhoenixLatencyOverObjective", "for minutes only", {f"phoenix:inference_slo_ratio{{{MODEL}}}": "0.5x25 2x9"}),
+    Quiet("PhoenixLatencyOverObjective", "for minutes only", {f"phoenix:inference_slo_ratio{{{MODEL}}}": "0.5x22 2x9"}),
     Quiet("PhoenixRequestsFail", "the caller's own mistakes", _requests(ok="0+10x60", client_error="0+90x60")),
     Quiet("PhoenixRequestsFail", "one of a thousand", _requests(ok="0+999x60", error="0+1x60")),
-    Quiet("PhoenixRequestsFail", "one request at night", _requests(ok="0x60", error="0x25 1x60")),
+    Quiet("PhoenixRequestsFail", "a few at night", _requests(ok="0x60", error=_EACH_THIRD_MINUTE)),
     Quiet("PhoenixRequestsRefused", "one of a thousand", _requests(ok="0+4995x60", shed="0+5x60")),
     Quiet("PhoenixRequestsRefused", "idle", _requests(ok="9x60", shed="9x60")),
     Quiet(
@@ -298,5 +300,5 @@ QUIET = (
     Quiet("PhoenixMetricsApiPrometheusFails", "one in ten", _prometheus(ok="0+9x60", timeout="0+1x60")),
     Quiet("PhoenixMetricsApiCertificateEnds", "ten days left", {_EXPIRY: "864000x60"}),
     Quiet("PhoenixScalingFrozen", "models that are not there", {f'{_ABSENT}"no_model"}}': "0+4x60"}),
-    Quiet("PhoenixScalingFrozen", "a pod that starts", {f'{_ABSENT}"no_series"}}': "0x20 4x60"}),
+    Quiet("PhoenixScalingFrozen", "a pod that starts", {f'{_ABSENT}"no_series"}}': "0x21 4+4x60"}),
 )
