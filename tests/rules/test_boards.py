@@ -11,7 +11,10 @@ import boards
 import panels
 import pytest
 import queries
+from grafana_foundation_sdk.cog.encoder import JSONEncoder
+from grafana_foundation_sdk.cog.plugins import register_default_plugins
 from grafana_foundation_sdk.models import units
+from grafana_foundation_sdk.models.dashboard import Dashboard as GrafanaDashboard
 from panels import Board, Panel
 from rules.known_metrics import exposed, names_in, reference
 
@@ -20,6 +23,9 @@ BOARDS = panels.boards()
 ALERTS = {alert.name: alert for alert in alerts.alerts()}
 UNITS = {value for name, value in vars(units).items() if not name.startswith("_") and isinstance(value, str)}
 each_board = pytest.mark.parametrize("board", BOARDS, ids=lambda board: board.uid)
+
+
+register_default_plugins()
 
 
 def loaded(board: Board) -> dict[str, Any]:
@@ -79,6 +85,13 @@ def test_grafana_9_can_load_it(board: Board) -> None:
         if panel["type"] != "row":
             assert panel["options"]
             assert [target["refId"] for target in panel["targets"]] == list("ABCDEFGH")[: len(panel["targets"])]
+
+
+@each_board
+def test_it_has_no_field_that_grafanas_schema_does_not_know(board: Board) -> None:
+    made = loaded(board)
+    read_back = json.dumps(GrafanaDashboard.from_json(made), cls=JSONEncoder)
+    assert json.loads(read_back) == made
 
 
 @each_board
