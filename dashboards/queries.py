@@ -1,4 +1,4 @@
-"""The recording rules of autoscaling. Beside it are `alerts` and `panels`: nothing else holds PromQL about Phoenix.
+"""The recording rules of autoscaling. Beside them are `alerts` and the boards: nothing else holds PromQL on it.
 
 `tools/generate.py` writes `rules/phoenix.rules.yaml` of it. What each signal means and why is in
 docs/autoscaling/signals.md; the promtool tests are in tests/rules. Needs nothing but pyyaml.

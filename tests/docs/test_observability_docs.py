@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import alerts
-import panels
+import boards
 import pytest
 import yaml
 from rules.known_metrics import reference
@@ -46,7 +46,7 @@ def test_runbook_names_metrics_panels_and_alerts_that_exist(name: str) -> None:
     requests = {"inference_latency_seconds_concurrency"}  # what the HPA calls it
     assert metrics <= reference() | requests, metrics - reference()
     assert set(re.findall(r"\bPhoenix[A-Z]\w+", text)) <= {*NAMES, "PhoenixModel", "PhoenixModels"}
-    titles = {panel.title for board in panels.boards() for panel in board.panels()}
+    titles = {panel.title for board in boards.boards() for panel in board.panels()}
     assert set(re.findall(r"panel `([^`]+)`", text)) <= titles
 
 
@@ -58,7 +58,7 @@ def test_runbook_address_ends_with_the_page() -> None:
 
 def test_page_names_every_board() -> None:
     rows = re.findall(r"^\| (\w+) \| [^|]+ \|$", PAGE.read_text(), re.MULTILINE)
-    assert {f"Phoenix / {row}" for row in rows} >= {board.title for board in panels.boards()}
+    assert {f"Phoenix / {row}" for row in rows} >= {board.title for board in boards.boards()}
 
 
 def test_files_on_the_page_exist() -> None:

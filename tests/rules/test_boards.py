@@ -8,9 +8,9 @@ from typing import Any
 
 import alerts
 import boards
-import panels
 import pytest
 import queries
+import server_boards
 from grafana_foundation_sdk.cog.encoder import JSONEncoder
 from grafana_foundation_sdk.cog.plugins import register_default_plugins
 from grafana_foundation_sdk.models import units
@@ -19,7 +19,7 @@ from panels import Board, Panel
 from rules.known_metrics import exposed, names_in, reference
 
 FOLDER = Path(boards.__file__).parent / "grafana"
-BOARDS = panels.boards()
+BOARDS = boards.boards()
 ALERTS = {alert.name: alert for alert in alerts.alerts()}
 UNITS = {value for name, value in vars(units).items() if not name.startswith("_") and isinstance(value, str)}
 each_board = pytest.mark.parametrize("board", BOARDS, ids=lambda board: board.uid)
@@ -130,6 +130,8 @@ def test_panels_lead_to_runbooks(board: Board) -> None:
 
 
 def test_thresholds_stand_at_the_objective() -> None:
-    (ratio, *_) = [panel for panel in loaded(panels.model())["panels"] if panel["title"] == "Latency / objective"]
+    (ratio, *_) = [
+        panel for panel in loaded(server_boards.model())["panels"] if panel["title"] == "Latency / objective"
+    ]
     steps = ratio["fieldConfig"]["defaults"]["thresholds"]["steps"]
     assert [(step["value"], step["color"]) for step in steps] == [(None, "green"), (0.7, "yellow"), (1, "red")]

@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import alerts
+import boards
 import httpx
-import panels
 import phoenix_process
 import prometheus_client
 import pytest
@@ -20,6 +20,7 @@ import services
 import yaml
 from lab import processes
 from lab.prometheus import Prometheus, Target
+from panels import Board
 from phoenix_process import Running
 
 from phoenix_operator.metrics import Metrics, MetricsApiMetrics
@@ -119,10 +120,8 @@ def wait_for(prometheus: Prometheus, condition: str) -> None:
     )
 
 
-@pytest.mark.parametrize("board", panels.boards(), ids=lambda board: board.uid)
-def test_every_query_of_a_board_has_data_or_its_quiet_value(
-    world: tuple[Prometheus, Running], board: panels.Board
-) -> None:
+@pytest.mark.parametrize("board", boards.boards(), ids=lambda board: board.uid)
+def test_every_query_of_a_board_has_data_or_its_quiet_value(world: tuple[Prometheus, Running], board: Board) -> None:
     prometheus, _ = world
     for panel in board.panels():
         for query in panel.queries:
@@ -133,8 +132,8 @@ def test_every_query_of_a_board_has_data_or_its_quiet_value(
                 wait_for(prometheus, asked)
 
 
-@pytest.mark.parametrize("board", panels.boards(), ids=lambda board: board.uid)
-def test_legends_name_labels_that_are_there(world: tuple[Prometheus, Running], board: panels.Board) -> None:
+@pytest.mark.parametrize("board", boards.boards(), ids=lambda board: board.uid)
+def test_legends_name_labels_that_are_there(world: tuple[Prometheus, Running], board: Board) -> None:
     prometheus, _ = world
     for panel in board.panels():
         for query in panel.queries:
@@ -152,7 +151,7 @@ def test_alert_is_quiet_while_all_is_well(world: tuple[Prometheus, Running], ale
 
 def test_variables_find_namespaces_and_models(world: tuple[Prometheus, Running]) -> None:
     prometheus, _ = world
-    for board in panels.boards():
+    for board in boards.boards():
         found = prometheus.query(board.found_by)
         for name in board.variables:
             assert {series["metric"].get(name) for series in found} <= {"ml", SYSTEM, "iris", "fraud"}
