@@ -1,4 +1,4 @@
-"""Every PromQL expression about Phoenix's metrics: the one place that knows their names, labels and windows.
+"""The recording rules of autoscaling. Beside them are `alerts` and the boards: nothing else holds PromQL on it.
 
 `tools/generate.py` writes `rules/phoenix.rules.yaml` of it. What each signal means and why is in
 docs/autoscaling/signals.md; the promtool tests are in tests/rules. Needs nothing but pyyaml.
@@ -6,8 +6,9 @@ docs/autoscaling/signals.md; the promtool tests are in tests/rules. Needs nothin
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
-import yaml
+import rule_files
 
 GROUP = "phoenix-autoscaling"
 INTERVAL = "15s"
@@ -144,30 +145,19 @@ def _pressure() -> Iterator[Rule]:
     )
 
 
-def rule_file(rules: Sequence[Rule], *, interval: str = INTERVAL) -> str:
-    """Return the rules as a rule file of Prometheus, in one group, so that they are evaluated in their order."""
-    group = {
+def group(rules: Sequence[Rule], *, interval: str = INTERVAL) -> dict[str, Any]:
+    """Return the rules as one group, so that they are evaluated in their order."""
+    return {
         "name": GROUP,
         "interval": interval,
         "rules": [
-            {"record": rule.record, "expr": _Block(f"{rule.expr}\n")}
+            {"record": rule.record, "expr": rule_files.Block(f"{rule.expr}\n")}
             | ({"labels": dict(rule.labels)} if rule.labels else {})
             for rule in rules
         ],
     }
-    return yaml.dump({"groups": [group]}, Dumper=_Dumper, sort_keys=False, width=1000)
 
 
-class _Block(str):
-    """A text that is written as a block."""
-
-
-class _Dumper(yaml.SafeDumper):
-    """Writes expressions so that people can read them."""
-
-
-def _block(dumper: yaml.SafeDumper, text: _Block) -> yaml.ScalarNode:
-    return dumper.represent_scalar("tag:yaml.org,2002:str", str(text), style="|")
-
-
-_Dumper.add_representer(_Block, _block)
+def rule_file(rules: Sequence[Rule], *, interval: str = INTERVAL) -> str:
+    """Return the rules as a rule file of Prometheus."""
+    return rule_files.rule_file([group(rules, interval=interval)])
