@@ -15,7 +15,6 @@ from phoenix_operator import install, install_metrics_api
 from phoenix_operator.observed import Object
 from phoenix_operator.settings import AutoscalingSettings, BackendSettings, Monitoring, SecretName, Settings
 
-
 Port = Annotated[Whole, Field(ge=1, le=65535)]
 Annotations = Annotated[dict[str, str], Field(max_length=64)]
 
@@ -67,16 +66,16 @@ class Image(ApiObject):
     digest: Annotated[str, Field(pattern="^(sha256:[0-9a-f]{64})?$")] = Field("", description="Digest.")
 
 
-def _image(name: str) -> Any:
-    return Field(default_factory=lambda: Image(repository=f"phoenix-ml/{name}"))
+def _image(name: str, description: str) -> Any:
+    return Field(default_factory=lambda: Image(repository=f"phoenix-ml/{name}"), description=description)
 
 
 class Images(ApiObject):
-    """The images, and how they are pulled."""
+    """The images, and how they are pulled. A digest wins over a tag."""
 
-    operator: Image = _image("phoenix-operator")
-    server: Image = _image("phoenix-server")
-    server_gpu: Image = _image("phoenix-server")
+    operator: Image = _image("phoenix-operator", "Image of operator, metrics API and test.")
+    server: Image = _image("phoenix-server", "Image of the inference server.")
+    server_gpu: Image = _image("phoenix-server", "The same for models that ask for an accelerator.")
     pull_policy: PullPolicy = Field(PullPolicy.IF_NOT_PRESENT, description="When nodes pull them.")
     pull_secrets: Annotated[list[SecretName], Field(max_length=8)] = Field(
         default_factory=list,
@@ -124,7 +123,7 @@ class Workload(ApiObject):
         default_factory=list, description="Taints that the pods tolerate."
     )
     affinity: Affinity = Field(default_factory=Affinity)
-    priority_class_name: Annotated[DnsName, Field()] | None = Field(None, description="PriorityClass of the pods.")
+    priority_class_name: DnsName | None = Field(None, description="PriorityClass of the pods.")
 
 
 class Operator(Workload):
@@ -214,7 +213,7 @@ class Values(ApiObject):
     )
     secrets: Annotated[list[DnsName], Field(max_length=256)] = Field(
         default_factory=list,
-        description="With `namespaces`: Secrets there that the operator may read, for fetching models and own bindings.",
+        description="With `namespaces`: Secrets there that the operator may read, of fetches and of bindings.",
     )
     operator: Operator = Field(default_factory=Operator)
     metrics_api: MetricsApi = Field(default_factory=MetricsApi)

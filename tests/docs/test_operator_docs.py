@@ -76,14 +76,17 @@ def test_page_of_a_reason_names_its_conditions(reason: Reason) -> None:
 YAML = list(blocks("yaml"))
 MODELS = [case for case in YAML if "kind: PhoenixModel" in case[1]]
 SETTINGS = [case for case in YAML if case[1].startswith("# settings.yaml\n")]
+VALUES = [case for case in YAML if case[1].startswith("# values.yaml\n")]  # tests/helm renders them
 KUSTOMIZATIONS = [case for case in YAML if case[1].startswith("# kustomization.yaml\n")]
 
 
 def test_every_yaml_block_is_of_a_known_sort() -> None:
     assert MODELS
     assert SETTINGS
-    unknown = [case for case in YAML if case not in (*MODELS, *SETTINGS, *KUSTOMIZATIONS)]
-    assert not unknown, "begin it with `# settings.yaml` or `# kustomization.yaml`, or make it a PhoenixModel"
+    unknown = [case for case in YAML if case not in (*MODELS, *SETTINGS, *VALUES, *KUSTOMIZATIONS)]
+    assert not unknown, (
+        "begin it with `# settings.yaml`, `# values.yaml` or `# kustomization.yaml`, or make it a PhoenixModel"
+    )
 
 
 @pytest.mark.parametrize(("page", "text"), MODELS, ids=where(MODELS))
