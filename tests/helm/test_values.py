@@ -84,7 +84,7 @@ def test_wrong_value_is_refused_by_its_name(values: Object, field: str, words: s
 
 def test_every_fault_is_told_at_once() -> None:
     message = charts.refusal({"operator": {"replicas": "2"}, "settings": {"wrkers": 1}, "crds": {"install": 1}})
-    assert re.findall(r"at '(/[^']*)'", message) == ["/crds/install", "/operator/replicas", "/settings"]
+    assert sorted(re.findall(r"at '(/[^']*)'", message)) == ["/crds/install", "/operator/replicas", "/settings"]
     message = charts.refusal({"secrets": ["s3"], "metricsApi": {"enabled": True}, "backends": [REDIS, REDIS]})
     assert re.findall(r"^  ([\w.]+): expected", message, re.MULTILINE) == [
         *("autoscaling.prometheus.url", "secrets", "backends.1")
@@ -263,7 +263,7 @@ def test_each_switch_has_an_effect(path: tuple[str, ...]) -> None:
     assert charts.template(changed) != charts.template({})
 
 
-# --- what the documentation says ---------------------------------------------------------------------------------------
+# --- what the documentation says -------------------------------------------------------------------------------------
 
 PAGE = (charts.ROOT / "docs" / "install.md").read_text()
 SHOWN = re.findall(r"```yaml\n(# values.yaml\n.*?)```", PAGE, re.DOTALL)
