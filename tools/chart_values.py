@@ -9,13 +9,20 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
+from phoenix_api import Quantity
 from phoenix_api.fields import ApiObject, DnsLabel, DnsName, Flag, Labels, Passthrough, Whole
-from phoenix_api.types import Resources, Toleration
+from phoenix_api.types import PhoenixModelSpec, Resources, Toleration
 from phoenix_operator import install, install_metrics_api
 from phoenix_operator.observed import Object
 from phoenix_operator.settings import AutoscalingSettings, BackendSettings, Monitoring, SecretName, Settings
 
 Port = Annotated[Whole, Field(ge=1, le=65535)]
+# Those that the pod's own wiring depends on are left out.
+ServerVariable = Annotated[
+    str,
+    Field(pattern="^(PHOENIX_(ACCESS|API|AUDIT|BODY|DATABASE|EVENTS|EXIT|FEATURE|GRPC_ENGINE|HEADER|KAFKA|KEEP|MAX|"
+          "MEASURE|REDIS)[A-Z_]*|OTEL_[A-Z_]+|AWS_[A-Z_]+)$"),
+]  # fmt: skip
 Annotations = Annotated[dict[str, str], Field(max_length=64)]
 
 
@@ -129,6 +136,7 @@ class Workload(ApiObject):
 class Operator(Workload):
     """The operator: of its pods one leads, the others stand by."""
 
+    enabled: Flag = Field(True, description="Install it, with its rights.")
     replicas: Annotated[Whole, Field(ge=0, le=9)] = Field(_OPERATOR["spec"]["replicas"], description="Number of pods.")
     resources: Resources = Field(
         default_factory=lambda: _resources(_OPERATOR), description="Requests and limits of a pod."
@@ -152,6 +160,40 @@ class MetricsApi(Workload):
 
 def _resources(deployment: Object) -> Resources:
     return Resources.model_validate(deployment["spec"]["template"]["spec"]["containers"][0]["resources"])
+
+
+ModelName = Annotated[str, Field(pattern="^[a-z]([-a-z0-9]*[a-z0-9])?$", max_length=40)]
+
+
+class Standalone(Workload):
+    """A server of its own for models that are given here, without operator and CRD; for clusters that want no CRDs."""
+
+    enabled: Flag = Field(False, description="Install it.")
+    replicas: Annotated[Whole, Field(ge=0, le=100)] = Field(1, description="Number of pods; each serves all models.")
+    resources: Resources = Field(
+        default_factory=lambda: Resources(
+            requests={"cpu": Quantity("250m"), "memory": Quantity("512Mi")}, limits={"memory": Quantity("512Mi")}
+        ),
+        description="Requests and limits of a pod.",
+    )
+    models: Annotated[dict[ModelName, PhoenixModelSpec], Field(max_length=64)] = Field(
+        default_factory=dict,
+        description="The `spec` of each model by its name: `docs/reference/phoenixmodel.md`. What needs the operator "
+        "is refused: `resources`, `replicas`, `autoscaling`, `networking`, `rollout`, `pod`, `model.cache`, "
+        "`runtime.image`, and models in volumes, images and ConfigMaps.",
+    )
+    environment: Annotated[dict[ServerVariable, str], Field(max_length=64)] = Field(
+        default_factory=dict, description="Settings of the server: `docs/reference/settings.md`."
+    )
+    binding_secrets: Annotated[list[DnsName], Field(max_length=8)] = Field(
+        default_factory=list, description="Secrets of this namespace in the Service Binding layout, for `bindings`."
+    )
+    drain_seconds: Annotated[Whole, Field(ge=0, le=600)] = Field(
+        10, description="Time that a pod that ends goes on answering, while it says that it is not ready."
+    )
+    longest_request_seconds: Annotated[Whole, Field(ge=1, le=3600)] = Field(
+        30, description="Time that a request in flight is given after that; the longest `limits.timeoutSeconds`."
+    )
 
 
 class Rules(ApiObject):
@@ -217,6 +259,7 @@ class Values(ApiObject):
     )
     operator: Operator = Field(default_factory=Operator)
     metrics_api: MetricsApi = Field(default_factory=MetricsApi)
+    standalone: Standalone = Field(default_factory=Standalone)
     autoscaling: AutoscalingSettings = Field(default_factory=AutoscalingSettings)
     monitoring: ChartMonitoring = Field(default_factory=ChartMonitoring)
     backends: Annotated[list[BackendSettings], Field(max_length=32)] = Field(

@@ -84,29 +84,29 @@ def ask(**environment: str) -> subprocess.CompletedProcess[str]:
 
 def test_ready_operator_passes() -> None:
     with serving() as (port, operator):
-        done = ask(OPERATOR_URL=f"http://127.0.0.1:{port}/readyz")
-    assert (done.returncode, done.stdout) == (0, "the operator is ready (200)\n")
+        done = ask(READY_URLS=f"http://127.0.0.1:{port}/readyz")
+    assert (done.returncode, done.stdout) == (0, f"ready: http://127.0.0.1:{port}/readyz\n")
     assert operator.seen == [("/readyz", None)]
 
 
 def test_operator_that_is_not_ready_yet_is_asked_again() -> None:
     with serving(ready_after=1) as (port, operator):
-        done = ask(OPERATOR_URL=f"http://127.0.0.1:{port}/readyz", DEADLINE_SECONDS="30")
+        done = ask(READY_URLS=f"http://127.0.0.1:{port}/readyz", DEADLINE_SECONDS="30")
     assert done.returncode == 0
     assert len(operator.seen) == 2
 
 
 def test_operator_that_is_not_ready_fails_with_its_answer() -> None:
     with serving(ready_after=99) as (port, _):
-        done = ask(OPERATOR_URL=f"http://127.0.0.1:{port}/readyz")
+        done = ask(READY_URLS=f"http://127.0.0.1:{port}/readyz")
     assert done.returncode == 1
-    assert "operator_is_ready: HTTP Error 503" in done.stderr
+    assert "all_are_ready: HTTP Error 503" in done.stderr
 
 
 def test_metrics_are_asked_for_with_the_pods_token_over_trusted_tls(pki: Path) -> None:
     with serving() as (port, _), serving(pki=pki) as (secure, api):
         done = ask(
-            OPERATOR_URL=f"http://127.0.0.1:{port}/readyz",
+            READY_URLS=f"http://127.0.0.1:{port}/readyz",
             METRICS_URL=f"https://127.0.0.1:{secure}/apis/custom.metrics.k8s.io/v1beta2",
             CREDENTIALS=str(pki),
         )
@@ -120,7 +120,7 @@ def test_api_server_of_another_authority_gets_no_token(pki: Path, tmp_path: Path
     (tmp_path / "token").write_text("a-token")
     with serving() as (port, _), serving(pki=pki) as (secure, api):
         done = ask(
-            OPERATOR_URL=f"http://127.0.0.1:{port}/readyz",
+            READY_URLS=f"http://127.0.0.1:{port}/readyz",
             METRICS_URL=f"https://127.0.0.1:{secure}/",
             CREDENTIALS=str(tmp_path),
         )
@@ -134,7 +134,7 @@ def test_metric_that_is_not_told_fails_by_its_name(pki: Path, missing: str) -> N
     told = [name for name in TOLD if name != missing]
     with serving() as (port, _), serving(pki=pki, told=told) as (secure, _):
         done = ask(
-            OPERATOR_URL=f"http://127.0.0.1:{port}/readyz",
+            READY_URLS=f"http://127.0.0.1:{port}/readyz",
             METRICS_URL=f"https://127.0.0.1:{secure}/",
             CREDENTIALS=str(pki),
         )
@@ -165,7 +165,7 @@ def test_pod_runs_the_program_without_rights(has_metrics: bool) -> None:
     (container,) = pod["spec"]["containers"]
     assert container["args"] == [PROGRAM.read_text()]
     environment = {row["name"]: row["value"] for row in container["env"]}
-    assert environment["OPERATOR_URL"] == "http://phoenix-operator.phoenix-system.svc:8080/readyz"
+    assert environment["READY_URLS"] == "http://phoenix-operator.phoenix-system.svc:8080/readyz"
     assert ("METRICS_URL" in environment) is has_metrics
 
 

@@ -23,6 +23,7 @@ REDIS: Object = {"name": "shared", "kind": "redis", "existingSecret": "redis-adm
 OPEN = {
     *("global", "operator.affinity.nodeAffinity", "operator.affinity.podAffinity", "operator.affinity.podAntiAffinity"),
     *("metricsApi.affinity.nodeAffinity", "metricsApi.affinity.podAffinity", "metricsApi.affinity.podAntiAffinity"),
+    *("standalone.affinity.nodeAffinity", "standalone.affinity.podAffinity", "standalone.affinity.podAntiAffinity"),
     "settings.extraEgress[]",
 }
 
@@ -65,6 +66,18 @@ OPEN = {
     ({"settings": {"workers": 0}}, "/settings/workers", "minimum"),
     ({"settings": {"acceleratorProfiles": {"A": {}}}}, "/settings/acceleratorProfiles", "'A'"),
     ({"settings": {"routes": {"gateway": {"name": "a"}}}}, "/settings/routes/gateway", "'namespace'"),
+    ({"standalone": {"models": {"Iris": {"model": {"uri": "a"}}}}}, "/standalone/models", "'Iris'"),
+    ({"standalone": {"models": {"a": {"model": {"url": "a"}}}}}, "/standalone/models/a/model", "'url' not allowed"),
+    ({"standalone": {"models": {"a": {"replicas": 2}}}}, "/standalone/models/a", "'replicas' not allowed"),
+    ({"standalone": {"models": {"a": {}}}}, "/standalone/models/a", "missing property 'model'"),
+    ({"standalone": {"environment": {"PHOENIX_HTTP_PORT": "1"}}}, "/standalone/environment", "'PHOENIX_HTTP_PORT'"),
+    ({"standalone": {"enabled": True}}, "standalone.models:", "expected a model"),
+    ({"standalone": {"enabled": True, "models": {"a": {"model": {"uri": "pvc://a/b"}}}}},
+     "standalone.models.a.model.uri:", "got pvc://a/b"),
+    ({"standalone": {"enabled": True, "models": {name: {"model": {
+        "uri": "s3://a/b", "credentials": {"secretRef": {"name": name}}}} for name in ("a", "b")}}},
+     "standalone.models:", "got a, b"),
+    ({"backends": [REDIS], "operator": {"enabled": False}}, "backends:", "expected none without operator.enabled"),
     ({"networkPolicies": {"prometheusPorts": [0]}}, "/networkPolicies/prometheusPorts/0", "minimum"),
     ({"podSecurity": {"runAsUser": 0}}, "/podSecurity/runAsUser", "minimum"),
     ({"crds": {"keep": True}}, "/crds", "'keep' not allowed"),
@@ -125,7 +138,11 @@ def nodes(node: Object, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]
 
 @pytest.mark.parametrize("path", list(nodes(DEFAULTS)), ids=".".join)
 def test_null_is_refused_by_name_unless_it_means_absent(path: tuple[str, ...]) -> None:
-    values: Object = {"metricsApi": {"enabled": True}, "autoscaling": {"prometheus": {"url": "http://prometheus"}}}
+    values: Object = {
+        "metricsApi": {"enabled": True},
+        "autoscaling": {"prometheus": {"url": "http://prometheus"}},
+        "standalone": {"enabled": True, "models": {"iris": {"model": {"uri": "iris/model.onnx"}}}},
+    }
     rendered, node = charts.template(values), values
     for name in path[:-1]:
         node = node.setdefault(name, {})
@@ -161,7 +178,8 @@ def test_every_object_refuses_names_that_it_does_not_know() -> None:
     assert {path for path, node in found.items() if "additionalProperties" not in node} == OPEN
     maps = {path for path, node in found.items() if isinstance(node.get("additionalProperties"), dict)}
     assert {path.rpartition(".")[2] for path in maps} == {
-        *("labels", "nodeSelector", "annotations", "podAnnotations", "apiServiceAnnotations", "requests", "limits")
+        *("labels", "nodeSelector", "annotations", "podAnnotations", "apiServiceAnnotations", "requests", "limits"),
+        *("providerOptions", "defaults"),  # of ONNX Runtime; by the name of a feature
     }
 
 
@@ -182,7 +200,7 @@ def test_every_setting_has_a_value_and_one_only() -> None:
 def test_every_value_stands_in_the_files_that_tell_of_it() -> None:
     readme, values = (charts.CHART / "README.md").read_text(), (charts.CHART / "values.yaml").read_text()
     for path, node in objects_of(SCHEMA, ""):
-        if path.partition(".")[0] in ("settings", "global"):
+        if path.partition(".")[0] in ("settings", "global") or "<name>" in path:
             continue
         for name in node.get("properties", {}):
             if f"{path}.{name}" not in OPEN and (path or name != "global"):
@@ -205,6 +223,8 @@ def leaves(node: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
         "resources",
         "affinity",
         "gateway",
+        "models",
+        "environment",
     }
     if isinstance(node, dict) and node and (not path or path[-1] not in free):
         for name, child in node.items():
@@ -240,8 +260,8 @@ def test_file_with_all_values_says_every_value() -> None:
 
 # Said as the default is, so that the file says every value.
 AS_DEFAULT = {
-    *(("settings", "networkPolicies"), ("networkPolicies", "enabled"), ("crds", "install")),
-    *(("rbac", "aggregate"),),  # without effect in a namespaced install
+    *(("settings", "networkPolicies"), ("networkPolicies", "enabled"), ("crds", "install"), ("operator", "enabled")),
+    ("rbac", "aggregate"),  # without effect in a namespaced install
 }
 
 
@@ -252,6 +272,9 @@ def test_each_value_has_an_effect(path: tuple[str, ...]) -> None:
     elif path == ("autoscaling", "prometheus", "url"):
         less = copy.deepcopy(ALL)
         less["autoscaling"]["prometheus"]["url"] = "http://other:9090"
+    elif path == ("standalone", "models"):
+        less = copy.deepcopy(ALL)
+        less["standalone"]["models"] = {"iris": {"model": {"uri": "iris/model.onnx"}}}
     else:
         less = without(ALL, path)
     assert charts.template(less) != charts.template(ALL)

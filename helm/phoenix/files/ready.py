@@ -1,6 +1,6 @@
-"""What `helm test` asks: is the operator ready, and does the API server pass questions on to the metrics API.
+"""What `helm test` asks: are operator and server ready, and does the API server pass questions to the metrics API.
 
-Runs in the operator's image with nothing but the standard library. OPERATOR_URL says what is asked; METRICS_URL, where
+Runs in the operator's image with nothing but the standard library. READY_URLS says what is asked; METRICS_URL, where
 it is given, is asked with the token and the authority in CREDENTIALS, which every pod with a token has.
 """
 
@@ -19,10 +19,13 @@ METRICS = {
 }
 
 
-def operator_is_ready() -> str:
-    """Ask a replica of the operator; raise if it is not ready."""
-    with urlopen(os.environ["OPERATOR_URL"], timeout=5) as answer:
-        return f"the operator is ready ({answer.status})"
+def all_are_ready() -> str:
+    """Ask a replica of each; raise if one is not ready."""
+    addresses = os.environ["READY_URLS"].split()
+    for address in addresses:
+        with urlopen(address, timeout=5):
+            pass
+    return f"ready: {', '.join(addresses) or 'nothing to ask'}"
 
 
 def metrics_are_told() -> str:
@@ -41,7 +44,7 @@ def metrics_are_told() -> str:
 def main() -> int:
     """Ask until each answers as it should, or for as long as DEADLINE_SECONDS; return the exit code."""
     end = time.monotonic() + float(os.environ.get("DEADLINE_SECONDS", "60"))
-    checks = [operator_is_ready, *([metrics_are_told] if "METRICS_URL" in os.environ else [])]
+    checks = [all_are_ready, *([metrics_are_told] if "METRICS_URL" in os.environ else [])]
     for check in checks:
         while True:
             try:

@@ -29,6 +29,25 @@ What no schema can say: values that do not go together. All of them in one messa
 {{- if ne (len $namespaces) (len (uniq $namespaces)) -}}
 {{- $faults = append $faults (printf "namespaces: expected each once, got %s" (join ", " $namespaces)) -}}
 {{- end -}}
+{{- if .Values.standalone.enabled -}}
+{{- if not .Values.standalone.models -}}
+{{- $faults = append $faults "standalone.models: expected a model with standalone.enabled, got none" -}}
+{{- end -}}
+{{- $secrets := list -}}
+{{- range $name, $spec := .Values.standalone.models -}}
+{{- if regexMatch "^(pvc|oci|configmap)://" $spec.model.uri -}}
+{{- $faults = append $faults (printf "standalone.models.%s.model.uri: expected a path in the server's image, file, https, s3, gs or az, because other places need the operator, got %s" $name $spec.model.uri) -}}
+{{- end -}}
+{{- $secrets = append $secrets (dig "credentials" "secretRef" "name" "" $spec.model) -}}
+{{- end -}}
+{{- $secrets = uniq (compact $secrets) -}}
+{{- if gt (len $secrets) 1 -}}
+{{- $faults = append $faults (printf "standalone.models: expected one Secret in model.credentials of all, because they share a pod, got %s" (join ", " $secrets)) -}}
+{{- end -}}
+{{- end -}}
+{{- if and .Values.backends (not .Values.operator.enabled) -}}
+{{- $faults = append $faults "backends: expected none without operator.enabled, which makes the bindings, got some" -}}
+{{- end -}}
 {{- if $faults -}}
 {{- fail (printf "values that do not go together:\n  %s" (join "\n  " $faults)) -}}
 {{- end -}}

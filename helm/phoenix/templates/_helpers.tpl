@@ -55,6 +55,15 @@ app.kubernetes.io/name: {{ .name }}
 {{ merge $ours .Values.settings | toYaml }}
 {{- end }}
 
+{{/* The manifests of `standalone.models`, each as a file of a ConfigMap. */}}
+{{- define "phoenix.models" -}}
+{{- range $name, $spec := .Values.standalone.models }}
+{{ $name }}.yaml: |
+  {{- $metadata := dict "name" $name "namespace" $.Release.Namespace }}
+  {{- dict "apiVersion" "phoenix-ml.io/v1alpha1" "kind" "PhoenixModel" "metadata" $metadata "spec" $spec | toYaml | nindent 2 }}
+{{- end }}
+{{- end }}
+
 {{/* A role and its binding. Takes root, kind, name, namespace (Role only), of (whose), account, accountNamespace, rules. */}}
 {{- define "phoenix.granted" -}}
 apiVersion: rbac.authorization.k8s.io/v1
@@ -100,9 +109,15 @@ imagePullSecrets:
   {{- toYaml . | nindent 2 }}
 {{- end }}
 enableServiceLinks: false
-terminationGracePeriodSeconds: 30
+terminationGracePeriodSeconds: {{ .grace | default 30 }}
 securityContext:
   {{- include "phoenix.podSecurity" .root | nindent 2 }}
+  {{- if .readsAsGroup }}
+  {{- with .root.Values.podSecurity.runAsGroup }}
+  fsGroup: {{ . | int64 }}
+  {{- end }}
+  fsGroupChangePolicy: OnRootMismatch
+  {{- end }}
 {{- with .values.priorityClassName }}
 priorityClassName: {{ . }}
 {{- end }}
@@ -159,7 +174,11 @@ capabilities:
 - name: tmp
   emptyDir:
     sizeLimit: {{ .tmp }}
-{{- range $index, $mount := .values.secretMounts }}
+{{- include "phoenix.secretVolumes" .values }}
+{{- end }}
+
+{{- define "phoenix.secretVolumes" -}}
+{{- range $index, $mount := .secretMounts }}
 - name: secret-{{ $index }}
   secret:
     secretName: {{ $mount.name }}
@@ -172,6 +191,10 @@ capabilities:
   readOnly: true
 - name: tmp
   mountPath: /tmp
+{{- include "phoenix.secretMounts" . }}
+{{- end }}
+
+{{- define "phoenix.secretMounts" -}}
 {{- range $index, $mount := .secretMounts }}
 - name: secret-{{ $index }}
   mountPath: {{ $mount.path }}
