@@ -367,6 +367,15 @@ def test_notes_print_the_next_commands() -> None:
     assert "\n\n\n" not in text
 
 
+def test_notes_of_a_server_without_operator_name_it_only() -> None:
+    text = notes(charts.read(charts.CHART / "ci" / "standalone-values.yaml"))
+    assert text.startswith("Phoenix 0.1.0 serves digits, iris by a server of its own.\n")
+    assert "deployment/phoenix-server" in text
+    assert "phoenix-operator" not in text
+    assert "PhoenixModel" not in text
+    assert "\n\n\n" not in text
+
+
 def test_notes_tell_what_is_still_missing() -> None:
     text = notes({"autoscaling": {"provider": "prometheus-adapter"}, "namespaces": ["team-a"]} | BACKENDS)
     assert "kubectl get secret kafka-admin -n phoenix-system" in text

@@ -298,7 +298,7 @@ def test_values_on_the_page_are_taken_and_have_an_effect(text: str) -> None:
 
 
 def test_page_shows_values_and_the_message_of_a_wrong_one() -> None:
-    assert len(SHOWN) == 4
+    assert len(SHOWN) == 5
     (shown,) = re.findall(r"```text\n(.*?)```", PAGE, re.DOTALL)
     assert charts.refusal({"operator": {"replica": 3}}).strip() == shown.strip()
 
