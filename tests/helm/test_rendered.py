@@ -137,6 +137,11 @@ def test_releases_of_two_namespaces_have_no_name_in_common() -> None:
     assert not shared(first, own="phoenix-a") & shared(second, own="phoenix-b")
 
 
+def test_release_for_some_namespaces_needs_nothing_outside_them() -> None:
+    bodies = charts.objects({"namespaces": ["team-a"], "crds": {"install": False}, **BACKENDS}, hooks=True)
+    assert {body["metadata"].get("namespace") for body in bodies} == {NAMESPACE, "team-a"}
+
+
 def test_cluster_wide_releases_have_nothing_in_common_but_what_a_cluster_has_once() -> None:
     first = charts.objects(METRICS_API | BACKENDS, namespace="phoenix-a")
     second = charts.objects(METRICS_API | BACKENDS, namespace="phoenix-b")

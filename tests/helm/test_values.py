@@ -189,6 +189,10 @@ def test_schema_is_one_and_takes_the_defaults() -> None:
     jsonschema.Draft202012Validator(SCHEMA).validate(DEFAULTS | {"global": {"anything": 1}})
 
 
+def test_values_of_a_chart_around_this_one_are_let_through() -> None:
+    assert charts.template({"global": {"registry": "example.com"}}) == charts.template({})
+
+
 def test_every_setting_has_a_value_and_one_only() -> None:
     known = dict(objects_of(SCHEMA, ""))
     settings = {field.alias for field in Settings.model_fields.values()}
