@@ -209,7 +209,21 @@ def _adapter_values() -> str:
     return adapter.values()
 
 
+def _chart(name: str) -> Callable[[], str]:
+    def render() -> str:
+        import chart
+
+        return chart.FILES[name]()
+
+    return render
+
+
 _BOARDS = ("overview", "model", "bindings", "operator")
+_CHART = (
+    *("Chart.yaml", "values.yaml", "values.schema.json", "README.md"),
+    *(f"files/{name}" for name in ("phoenixmodels.yaml", "phoenix.rules.yaml", "rights.yaml")),
+    "files/prometheus-adapter-values.yaml",
+)
 _INSTALL = ("phoenixmodels.yaml", "operator.yaml", "kustomization.yaml")
 FILES: dict[str, Callable[[], str]] = {
     "crds/phoenixmodels.yaml": _api("crd"),
@@ -236,6 +250,7 @@ FILES: dict[str, Callable[[], str]] = {
     "operator/manifests/metrics-api.yaml": _metrics_api,
     "dashboards/prometheus-adapter/values.yaml": _adapter_values,
     **{f"operator/manifests/cluster/{name}": _manifest(name) for name in _INSTALL},
+    **{f"helm/phoenix/{name}": _chart(name) for name in _CHART},
 }
 # Generators that keep several files, some binary, and know themselves how to check them.
 SCRIPTS = (("tools/generate_proto.py",), ("examples/build.py",))

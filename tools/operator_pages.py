@@ -16,13 +16,12 @@ def settings_page() -> str:
     """Return the text of docs/reference/operator-settings.md, without its header."""
     schema = Settings.model_json_schema(by_alias=True)
     defaults = Settings().model_dump(mode="json", by_alias=True, exclude_none=True)
-    sections = [_section(path, node, value) for path, node, value in _objects(schema, schema["$defs"], "", defaults)]
     return (
         "# Settings of phoenix-operator\n\n"
         "One YAML file, named with `phoenix-operator run --settings FILE`; the install folder keeps it in the\n"
         "ConfigMap `phoenix-operator-settings`, under `settings.yaml`. It is read once, at the start. A field that is\n"
         "absent has its default; an unknown or wrong one is named and ends the process with exit code 2. `render`\n"
-        "takes the same file. Durations are in seconds.\n\n" + "\n".join(sections)
+        "takes the same file. Durations are in seconds.\n\n" + "\n".join(sections(schema, defaults, "The file"))
     )
 
 
@@ -62,6 +61,12 @@ def _table(metrics: Metrics | MetricsApiMetrics) -> str:
     return "| metric | type | labels | meaning |\n|---|---|---|---|\n" + "".join(rows)
 
 
+def sections(schema: Schema, defaults: dict[str, Any], title: str) -> list[str]:
+    """Return a section with a table for each object of a schema, the whole of it under `title`."""
+    objects = _objects(schema, schema["$defs"], "", defaults)
+    return [_section(path, node, value, title) for path, node, value in objects]
+
+
 def _objects(node: Schema, known: dict[str, Schema], path: str, value: Any) -> Iterator[tuple[str, Schema, Any]]:
     """Yield every object with fields, outer ones first, with its references resolved and its defaults."""
     fields = {name: _resolved(child, known) for name, child in node["properties"].items()}
@@ -86,8 +91,8 @@ def _resolved(node: Schema, known: dict[str, Schema]) -> Schema:
     return node
 
 
-def _section(path: str, node: Schema, value: Any) -> str:
-    lines = [f"## {f'`{path}`' if path else 'The file'}", ""]
+def _section(path: str, node: Schema, value: Any, title: str) -> str:
+    lines = [f"## {f'`{path}`' if path else title}", ""]
     if path:
         lines += [node.get("description", ""), ""]
     lines += ["| field | type | default | description |", "|---|---|---|---|"]

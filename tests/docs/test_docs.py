@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 READMES = [ROOT / "README.md", *sorted((ROOT / "examples").glob("*/README.md"))]
 PAGES = [
     page
-    for pattern in ("*.md", "docs/**/*.md", "examples/**/*.md", "benchmarks/*.md", "tools/**/*.md")
+    for pattern in ("*.md", "docs/**/*.md", "examples/**/*.md", "benchmarks/*.md", "tools/**/*.md", "helm/**/*.md")
     for page in sorted(ROOT.glob(pattern))
 ]
 # What the fixture does in their place.

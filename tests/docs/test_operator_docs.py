@@ -78,14 +78,17 @@ MODELS = [case for case in YAML if "kind: PhoenixModel" in case[1]]
 SETTINGS = [case for case in YAML if case[1].startswith("# settings.yaml\n")]
 # test_observability_docs.py holds these
 MONITORING = [case for case in YAML if re.match(r"# (prometheus|grafana-\w+)\.yaml\b", case[1])]
+VALUES = [case for case in YAML if case[1].startswith("# values.yaml\n")]  # tests/helm renders them
 KUSTOMIZATIONS = [case for case in YAML if case[1].startswith("# kustomization.yaml\n")]
 
 
 def test_every_yaml_block_is_of_a_known_sort() -> None:
     assert MODELS
     assert SETTINGS
-    unknown = [case for case in YAML if case not in (*MODELS, *SETTINGS, *KUSTOMIZATIONS, *MONITORING)]
-    assert not unknown, "begin it with `# settings.yaml` or `# kustomization.yaml`, or make it a PhoenixModel"
+    unknown = [case for case in YAML if case not in (*MODELS, *SETTINGS, *VALUES, *KUSTOMIZATIONS, *MONITORING)]
+    assert not unknown, (
+        "begin it with `# settings.yaml`, `# values.yaml` or `# kustomization.yaml`, or make it a PhoenixModel"
+    )
 
 
 @pytest.mark.parametrize(("page", "text"), MODELS, ids=where(MODELS))
