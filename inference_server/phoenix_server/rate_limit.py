@@ -42,6 +42,10 @@ class Bucket:
         """Take a token that was granted elsewhere: of an empty bucket nothing."""
         self.take(now)
 
+    def lacking(self, now: float) -> int:
+        """Return how many tokens the bucket is short of its burst."""
+        return max(0, round((self._full_at - now) / self._interval_s))
+
     def resize(self, rate: float, burst: float, now: float) -> None:
         """Become a bucket of another size that lacks the same part of its tokens."""
         lacking_s = max(self._full_at - now, 0.0) / self._depth_s

@@ -11,6 +11,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from typing import Protocol
 from weakref import WeakValueDictionary
 
@@ -179,7 +180,7 @@ class SharedLimit:
         self._seen += 1
         if self._reserve and now < self._reserve_until:
             self._reserve -= 1
-            self._own.debit(now)
+            self._own_at(now).debit(now)
             if 2 * self._reserve < self._most_ahead and self._may_ask(now):
                 self._begin_taking()
             return None
@@ -211,13 +212,18 @@ class SharedLimit:
             raise _limited(self._text, wait_s)
 
     def _take_own(self, now: float) -> None:
-        if self._own_parts != self._source.replicas:
-            parts = self._own_parts = self._source.replicas
-            self._own.resize(self._bucket.rate / parts, max(self._bucket.burst / parts, 1), now)
         self._metrics.unshared_limits += 1
-        wait_s = self._own.take(now)
+        wait_s = self._own_at(now).take(now)
         if wait_s:
             raise _limited(self._text, wait_s)
+
+    def _own_at(self, now: float) -> Bucket:
+        """Return the replica's own part, by the number of replicas now."""
+        parts = self._source.replicas
+        if parts != self._own_parts:
+            self._own_parts = parts
+            self._own.resize(self._bucket.rate / parts, max(self._bucket.burst / parts, 1), now)
+        return self._own
 
     # --- taking tokens from Redis ------------------------------------------------------------------------------------
 
@@ -227,9 +233,7 @@ class SharedLimit:
     async def _take_until_nobody_waits(self) -> None:
         try:
             while True:
-                grant = await self._source.take(self._wanted())
-                self._works()
-                self._hand_out(grant)
+                self._hand_out(await self._grant())
                 if not self._waiting:
                     return
         except RedisUnavailable as error:
@@ -240,6 +244,15 @@ class SharedLimit:
         finally:
             self._taking = None
             self._answer_all(None)
+
+    async def _grant(self) -> Grant:
+        """Take tokens; after an outage also those that were given out meanwhile, or each outage would be a burst."""
+        given = self._own.lacking(self._clock()) if self._is_down else 0
+        grant = await self._source.take(self._wanted() + given)
+        if self._is_down:
+            self._is_down = False
+            _log.info("the rate limit is shared again", extra={"model": self._name})
+        return replace(grant, tokens=max(grant.tokens - given, 0))
 
     def _wanted(self) -> int:
         """Return how many tokens to take: for who waits, and for what the near future will bring, by the near past."""
@@ -258,7 +271,7 @@ class SharedLimit:
             future = self._waiting.popleft()
             if not future.done():
                 future.set_result(0.0)
-                self._own.debit(now)
+                self._own_at(now).debit(now)
                 tokens -= 1
         self._reserve += tokens
         self._reserve_until = now + _RESERVE_S
@@ -271,11 +284,6 @@ class SharedLimit:
             future = self._waiting.popleft()
             if not future.done():
                 future.set_result(answer)
-
-    def _works(self) -> None:
-        if self._is_down:
-            self._is_down = False
-            _log.info("the rate limit is shared again", extra={"model": self._name})
 
     def _fails(self, cause: str) -> None:
         self._down_until = self._clock() + _DOWN_S
