@@ -321,7 +321,7 @@ class RedisBucket:
         if now_ms // _CENSUS_MS != self._period:
             await self._count_replicas(now_ms // _CENSUS_MS)
         held_ms = self._milliseconds(asked / self._bucket.rate)
-        _, left, _, counter, _ = await self._run(
+        made_clock, left, _, counter, _ = await self._run(
             ("SET", self._clock_key, 1, "NX", "PX", _CLOCK_MS),
             ("PTTL", self._clock_key),
             ("SET", self._key, self._bucket.full(now_ms), "NX", "PX", held_ms),
@@ -331,7 +331,7 @@ class RedisBucket:
         clock_ms = _CLOCK_MS - left
         grant = self._bucket.grant(asked, counter, clock_ms)
         jumped_s = abs(clock_ms - now_ms) / 1000 - (self._clock() - asked_at)
-        if grant is None or jumped_s > _JUMP_S:
+        if grant is None or made_clock or jumped_s > _JUMP_S:
             self._offset_s = None
             await self._run(("DEL", self._key))
             raise RedisUnavailable("the counter in Redis was not this limit's, and is begun again")
@@ -371,9 +371,9 @@ class RedisBucket:
         self.replicas = max(counted, last, 1)
 
     async def _run(self, *commands: tuple[str | int, ...]) -> list[int]:
-        """Run a transaction; what gives no number gives 0."""
+        """Run a transaction; a SET gives whether it was done."""
         results = await self._link.transact(Commands.transaction(commands))
-        return [result if type(result) is int else 0 for result in results]
+        return [result if type(result) is int else int(result is not None) for result in results]
 
     @staticmethod
     def _milliseconds(seconds: float) -> int:
