@@ -46,8 +46,6 @@ _MOST_WAITING = 10_000
 _CENSUS_MS = 10_000
 # The clock is the time that a key has left, so that all replicas read one; it begins again after this long.
 _CLOCK_MS = 1 << 45
-# A clock that is that far from where it was expected is another one: its key was lost.
-_JUMP_S = 2.0
 
 
 class Limit(Protocol):
@@ -306,8 +304,8 @@ class RedisBucket:
         self._bucket = bucket
         self._clock = clock
         # Another limit is another bucket: its counter would mean something else.
-        self._clock_key = f"{prefix}rate:clock"
         self._key = f"{prefix}rate:{bucket.rate}:{bucket.burst}"
+        self._clock_key = f"{self._key}:clock"
         self._offset_s: float | None = None  # from this process's clock to that of Redis
         self._period = -1
         self._corrections: set[asyncio.Task[None]] = set()
@@ -316,46 +314,48 @@ class RedisBucket:
         """Take tokens. Raises `RedisUnavailable`."""
         if self._offset_s is None:
             self._offset_s = await self._read_clock() / 1000 - self._clock()
-        asked_at = self._clock()
-        now_ms = int((asked_at + self._offset_s) * 1000)
+        now_ms = int((self._clock() + self._offset_s) * 1000)
         if now_ms // _CENSUS_MS != self._period:
             await self._count_replicas(now_ms // _CENSUS_MS)
-        held_ms = self._milliseconds(asked / self._bucket.rate)
-        made_clock, left, _, counter, _ = await self._run(
+        held_ms, full = self._milliseconds(asked / self._bucket.rate), self._bucket.full(now_ms)
+        is_new_clock, left, is_new, counter, _ = await self._run(
             ("SET", self._clock_key, 1, "NX", "PX", _CLOCK_MS),
             ("PTTL", self._clock_key),
-            ("SET", self._key, self._bucket.full(now_ms), "NX", "PX", held_ms),
+            ("SET", self._key, full, "NX", "PX", held_ms),
             ("INCRBY", self._key, asked),
             ("PEXPIRE", self._key, held_ms, "GT"),
         )
         clock_ms = _CLOCK_MS - left
-        grant = self._bucket.grant(asked, counter, clock_ms)
-        jumped_s = abs(clock_ms - now_ms) / 1000 - (self._clock() - asked_at)
-        if grant is None or made_clock or jumped_s > _JUMP_S:
+        # What a full bucket begins with was reckoned with the clock as it was expected to be.
+        error = self._bucket.full(clock_ms) - full if is_new else 0
+        grant = None if is_new_clock else self._bucket.grant(asked, counter + error, clock_ms)
+        if grant is None:
             self._offset_s = None
             await self._run(("DEL", self._key))
             raise RedisUnavailable("the counter in Redis was not this limit's, and is begun again")
         self._offset_s = clock_ms / 1000 - self._clock()
-        task = asyncio.get_running_loop().create_task(self._correct(grant))
+        task = asyncio.get_running_loop().create_task(self._correct(grant.correction + error, grant.full_in_s))
         self._corrections.add(task)
         task.add_done_callback(self._corrections.discard)
         return grant
 
-    async def _correct(self, grant: Grant) -> None:
-        """Put back what was not there, and have the counter kept until the bucket is full."""
-        commands: list[tuple[str | int, ...]] = [("PEXPIRE", self._key, self._milliseconds(grant.full_in_s), "GT")]
-        if grant.correction:
-            commands.insert(0, ("INCRBY", self._key, grant.correction))
+    async def _correct(self, tokens: int, full_in_s: float) -> None:
+        """Put right what was taken too much, and have the counter kept until the bucket is full."""
+        commands: list[tuple[str | int, ...]] = [("PEXPIRE", self._key, self._milliseconds(full_in_s), "GT")]
+        if tokens:
+            commands.insert(0, ("INCRBY", self._key, tokens))
         try:
             await self._run(*commands)
         except RedisUnavailable as error:  # tokens that are not put back are lost: the limit is kept
             _log.debug("the rate limit's counter was not corrected", extra={"cause": str(error)})
 
     async def _read_clock(self) -> int:
-        _, left = await self._run(
+        is_new, left = await self._run(
             ("SET", self._clock_key, 1, "NX", "PX", _CLOCK_MS),
             ("PTTL", self._clock_key),
         )
+        if is_new:  # what was counted by another clock means nothing
+            await self._run(("DEL", self._key))
         return _CLOCK_MS - left
 
     async def _count_replicas(self, period: int) -> None:

@@ -418,7 +418,7 @@ def test_counters_that_are_lost_are_begun_again(three: list[Running], redis_serv
             asks = [rest(session, server, "m") for server in three]
             await offer(asks, 2 * RATE, 1)
             with redis_server.client() as client:
-                client.delete("phx:ml:m:rate:clock")
+                assert client.delete("phx:ml:m:rate:100:100:clock") == 1
             offered = await offer(asks, 2 * RATE, 5)
         assert RATE * offered.seconds * 0.9 <= offered.passed <= 3 * BURST + 1.1 * RATE * offered.seconds
 
