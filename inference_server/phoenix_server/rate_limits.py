@@ -160,13 +160,16 @@ class SharedLimit:
         # Tokens taken in advance, and when they are no longer good.
         self._reserve = 0
         self._reserve_until = 0.0
+        self._ahead = 0  # how many were wanted in advance the last time
         # Requests since tokens were asked for the last time, and when that was.
         self._seen = 0
         self._asked_at = clock()
         self._empty_until = 0.0
-        # The replica's own part of the limit; what Redis grants is taken off it too.
+        # The replica's own part of the limit; what Redis grants is taken off it too. What the part let through is owed
+        # to the bucket in Redis.
         self._own = Bucket(bucket.rate, bucket.burst)
         self._own_parts = 1
+        self._owed = 0
         self._down_until = 0.0
         self._is_down = False
         self._waiting: deque[asyncio.Future[float | None]] = deque()
@@ -179,7 +182,7 @@ class SharedLimit:
         if self._reserve and now < self._reserve_until:
             self._reserve -= 1
             self._own_at(now).debit(now)
-            if 2 * self._reserve < self._most_ahead and self._may_ask(now):
+            if 2 * self._reserve < self._ahead and self._taking is None and now >= self._empty_until:
                 self._begin_taking()
             return None
         self._reserve = 0
@@ -189,10 +192,6 @@ class SharedLimit:
         if now < self._empty_until:
             raise _limited(self._text, self._empty_until - now)
         return self._wait()
-
-    def _may_ask(self, now: float) -> bool:
-        """Whether to take more before somebody has to wait: not where a few tokens are all there are in the time."""
-        return self._taking is None and self._most_ahead > 1 and now >= self._empty_until and now >= self._down_until
 
     async def _wait(self) -> None:
         future: asyncio.Future[float | None] = asyncio.get_running_loop().create_future()
@@ -214,6 +213,7 @@ class SharedLimit:
         wait_s = self._own_at(now).take(now)
         if wait_s:
             raise _limited(self._text, wait_s)
+        self._owed += 1
 
     def _own_at(self, now: float) -> Bucket:
         """Return the replica's own part, by the number of replicas now."""
@@ -244,22 +244,30 @@ class SharedLimit:
             self._answer_all(None)
 
     async def _grant(self) -> Grant:
-        """Take tokens; after an outage also those that were given out meanwhile, or each outage would be a burst."""
-        given = self._own.lacking(self._clock()) if self._is_down else 0
-        grant = await self._source.take(self._wanted() + given)
+        """Take tokens, and those that are owed: or each outage would be a burst, and a slow Redis a second limit."""
+        now = self._clock()
+        # Of what was let through in a long outage only that is missing which the part has not got back.
+        owed = min(self._owed, self._own_at(now).lacking(now))
+        self._owed = 0
+        try:
+            grant = await self._source.take(self._wanted(now) + owed)
+        except BaseException:
+            self._owed += owed
+            raise
         if self._is_down:
             self._is_down = False
             _log.info("the rate limit is shared again", extra={"model": self._name})
-        return replace(grant, tokens=max(grant.tokens - given, 0))
+        owed += self._owed  # meanwhile
+        self._owed = max(owed - grant.tokens, 0)
+        return replace(grant, tokens=max(grant.tokens - owed, 0))
 
-    def _wanted(self) -> int:
+    def _wanted(self, now: float) -> int:
         """Return how many tokens to take: for who waits, and for what the near future will bring, by the near past."""
-        now = self._clock()
         passed_s = max(now - self._asked_at, 0.001)
-        expected = int(self._seen / passed_s * _AHEAD_S)
+        self._ahead = min(int(self._seen / passed_s * _AHEAD_S), self._most_ahead)
         self._seen, self._asked_at = 0, now
         waiting = sum(not future.done() for future in self._waiting)
-        return max(min(waiting, self._most_asked), min(expected, self._most_ahead), 1)
+        return max(min(waiting, self._most_asked), self._ahead, 1)
 
     def _hand_out(self, grant: Grant) -> None:
         now, tokens = self._clock(), grant.tokens

@@ -116,6 +116,7 @@ class Memory:
         self.replicas = 1
         self.error = ""
         self.is_silent = False
+        self.takes_s = 0.0
         self.calls = 0
 
     async def take(self, asked: int) -> Grant:
@@ -124,6 +125,7 @@ class Memory:
             await asyncio.Event().wait()
         if self.error:
             raise RedisUnavailable(self.error)
+        await asyncio.sleep(self.takes_s)
         now, clock_ms = self._now(), int(self._now() * 1000)
         if now >= self._expires_at:
             self._counter = self._bucket.full(clock_ms)
@@ -267,6 +269,19 @@ def test_redis_that_is_silent_holds_nobody_up() -> None:
     run(work())
 
 
+def test_redis_that_is_too_slow_is_no_second_limit() -> None:
+    async def work() -> None:
+        world, passed = World(10, 10, replicas=1), 0
+        world.memory.takes_s = 0.15  # longer than anybody waits
+        for _ in range(11):
+            passed += sum(await asyncio.gather(*(world.ask(0) for _ in range(40))))
+            await asyncio.sleep(world.memory.takes_s)
+            world.now += 0.5
+        assert 0.9 * (10 + 10 * 5) <= passed <= 1.1 * (10 + 10 * 5)
+
+    run(work())
+
+
 def test_waiting_caller_that_goes_takes_nothing_with_it() -> None:
     async def work() -> None:
         world = World(5, 5, replicas=1)
@@ -300,3 +315,21 @@ def test_shared_bucket_never_gives_more_than_burst_and_rate(rate: int, burst: in
 @pytest.mark.parametrize("counter", [-(10**9), 10**9])
 def test_counter_that_is_another_ones_is_told(counter: int) -> None:
     assert SharedBucket(10, 10).grant(1, counter, 60_000) is None
+
+
+@pytest.mark.parametrize(
+    ("asked", "there", "tokens", "correction", "wait_s"),
+    [
+        (3, 10, 3, 0, 0.0),
+        (10, 10, 10, 0, 0.0),
+        (15, 10, 10, -5, 0.1),
+        (1, 0, 0, -1, 0.1),
+        (4, -7, 0, -4, 0.1),  # others ask for too much, and put it back
+        (15, 20, 10, 5, 0.1),  # remembered for too long: what did not fit is taken too
+    ],
+)
+def test_grant_is_what_is_there(asked: int, there: int, tokens: int, correction: int, wait_s: float) -> None:
+    grant = SharedBucket(10, 10).grant(asked, 600 - there + asked, 60_000)
+    assert grant is not None
+    assert (grant.tokens, grant.correction, grant.wait_s) == (tokens, correction, wait_s)
+    assert grant.full_in_s == (10 - min(there, 10) + tokens) / 10
