@@ -78,4 +78,4 @@ def _host(text: str) -> str:
 
 def host_of_grpc(peer: str) -> str:
     """Return the address in gRPC's name of a peer: `ipv4:127.0.0.1:5000`, `ipv6:[::1]:5000` (percent-encoded too)."""
-    return peer.partition(":")[2].replace("%5B", "[").replace("%5D", "]")
+    return _host(peer.partition(":")[2].replace("%5B", "[").replace("%5D", "]"))

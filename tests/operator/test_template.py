@@ -85,7 +85,8 @@ def test_change_that_pods_need_not_know_leaves_them_alone(path: str, value: Any)
         ("batching.maxRows", 65), ("batching.maxDelayMilliseconds", 3), ("warmup.iterations", 6), ("warmup.rows", 9),
         ("limits.maxRequestBytes", "17Mi"), ("limits.timeoutSeconds", 11), ("runtime.threads", 5),
         ("runtime.instances", 3), ("runtime.accelerator", {}), ("runtime.accelerator", {"policy": "Prefer"}),
-        ("networking.rateLimit", {"requestsPerSecond": 5}), ("networking.rateLimit", {"requestsPerSecond": 5, "per": "Model"}),
+        ("networking.rateLimit", {"requestsPerSecond": 5}),
+        ("networking.rateLimit", {"requestsPerSecond": 5, "per": "Model"}),
     ],
 )  # fmt: skip
 def test_change_of_what_is_served_makes_a_new_revision_and_new_pods(path: str, value: Any) -> None:
