@@ -25,6 +25,7 @@ class Code(Enum):
     UNSUPPORTED_ENCODING = "unsupported_encoding"
     HEADERS_TOO_LARGE = "headers_too_large"
     UNSUPPORTED = "unsupported"
+    LIMITED = "rate_limited"
     OVERLOADED = "overloaded"
     UNAVAILABLE = "unavailable"
     DEADLINE = "deadline"
@@ -43,6 +44,7 @@ class Outcome(StrEnum):
 
 
 _OUTCOMES = {
+    Code.LIMITED: Outcome.SHED,
     Code.OVERLOADED: Outcome.SHED,
     Code.UNAVAILABLE: Outcome.SHED,
     Code.DEADLINE: Outcome.TIMEOUT,

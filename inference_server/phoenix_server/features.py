@@ -44,6 +44,11 @@ class Features:
             except ValueError as error:
                 raise StartError(Reason.INVALID_SETTING, f"PHOENIX_REDIS_CA_FILE: {error}") from None
 
+    @property
+    def link(self) -> RedisLink | None:
+        """The connection, for whatever else is kept in this Redis; None where no Redis is set."""
+        return self._link
+
     async def __aenter__(self) -> "Features":
         if self._link is not None:
             self._metrics.bindings.append(self.state)

@@ -20,10 +20,12 @@ from grpc_health.v1 import health_pb2
 from phoenix_server import codec_proto
 from phoenix_server._proto import inference as proto
 from phoenix_server.auth import ApiKeys
+from phoenix_server.clients import host_of_grpc
 from phoenix_server.codec_json import BIG_BODY_BYTES
 from phoenix_server.dataplane import DataPlane
 from phoenix_server.errors import Code, PhoenixError, invalid
 from phoenix_server.logs import LogSettings
+from phoenix_server.rate_limits import Limit
 
 _log = logging.getLogger(__name__)
 
@@ -39,6 +41,7 @@ GRPC_STATUS = {
     Code.UNSUPPORTED_ENCODING: grpc.StatusCode.UNIMPLEMENTED,
     Code.HEADERS_TOO_LARGE: grpc.StatusCode.RESOURCE_EXHAUSTED,
     Code.UNSUPPORTED: grpc.StatusCode.UNIMPLEMENTED,
+    Code.LIMITED: grpc.StatusCode.RESOURCE_EXHAUSTED,
     # Not RESOURCE_EXHAUSTED: clients retry UNAVAILABLE.
     Code.OVERLOADED: grpc.StatusCode.UNAVAILABLE,
     Code.UNAVAILABLE: grpc.StatusCode.UNAVAILABLE,
@@ -174,6 +177,8 @@ class Servicer:
                     Code.TOO_LARGE,
                     f"the request message has {len(payload)} bytes, at most {model.max_request_bytes} are accepted",
                 )
+            if model.limit is not None:
+                await _limit(model.limit, context)
         except PhoenixError as error:
             self._plane.metrics.reject("grpc", error.code.value)
             raise
@@ -406,6 +411,14 @@ def _fitting(message: str) -> str:
 
 def _metadata(context: Context) -> dict[str, str]:
     return {key: value for key, value in context.invocation_metadata() or () if isinstance(value, str)}
+
+
+async def _limit(limit: Limit, context: Context) -> None:
+    """Return once the model's rate limit lets the request through; raise LIMITED if it does not."""
+    sent = _metadata(context)
+    pending = limit.take(host_of_grpc(context.peer()), sent.get("authorization", ""), sent.get("x-forwarded-for", ""))
+    if pending is not None:
+        await pending
 
 
 def _seconds_left(context: Context) -> float:

@@ -23,6 +23,7 @@ from phoenix_server.auth import ApiKeys
 from phoenix_server.codec_json import OutputForms
 from phoenix_server.dataplane import DataPlane
 from phoenix_server.errors import Code, PhoenixError, invalid
+from phoenix_server.rate_limits import Limit
 from phoenix_server.served_model import ServedModel
 from phoenix_server.tensors import InferRequest
 
@@ -37,6 +38,7 @@ HTTP_STATUS = {
     Code.TIMED_OUT_READING: 408,
     Code.TOO_LARGE: 413,
     Code.UNSUPPORTED_ENCODING: 415,
+    Code.LIMITED: 429,
     Code.HEADERS_TOO_LARGE: 431,
     Code.CANCELLED: 499,
     Code.INTERNAL: 500,
@@ -120,8 +122,15 @@ class InferEndpoint:
         self._plane.metrics.reject("rest", error.code.value)
         return error_reply(error)
 
-    async def infer(self, model: ServedModel, headers: Headers, body: bytes) -> HttpReply:
-        """Answer one request whose body is complete. Never raises, but for cancellation."""
+    async def infer(
+        self, model: ServedModel, headers: Headers, body: bytes, peer: tuple[str, int] | None = None
+    ) -> HttpReply:
+        """Answer one request whose body is complete. Never raises, but for cancellation. `peer` is who is connected."""
+        if model.limit is not None:
+            try:
+                await _limit(model.limit, headers, peer)
+            except PhoenixError as error:
+                return self.refuse(error)
         started = time.perf_counter()
         metrics = model.metrics
         metrics.inflight += 1
@@ -184,6 +193,17 @@ class InferEndpoint:
         else:
             document = codec_json.parse(view[:size])
         return codec_binary.decode(document, view[size:], model.name)
+
+
+async def _limit(limit: Limit, headers: Headers, peer: tuple[str, int] | None) -> None:
+    """Return once the model's rate limit lets the request through; raise LIMITED if it does not."""
+    pending = limit.take(
+        peer[0] if peer else "",
+        headers.get(b"authorization", b"").decode("latin-1"),
+        headers.get(b"x-forwarded-for", b"").decode("latin-1"),
+    )
+    if pending is not None:
+        await pending
 
 
 def routine_reply(plane: DataPlane, path: str, accept: str = "") -> HttpReply | None:
@@ -287,7 +307,7 @@ class HotPath:
         headers: Headers = dict(scope["headers"])
         target = match(scope["raw_path"]) if scope["method"] == "POST" else None
         if target is not None:
-            reply = await self._infer(target, headers, receive)
+            reply = await self._infer(target, headers, receive, scope.get("client"))
         elif scope["method"] in ("GET", "HEAD"):
             reply = routine_reply(self._plane, scope["path"], headers.get(b"accept", b"").decode("latin-1"))
         else:
@@ -301,14 +321,16 @@ class HotPath:
                 scope = {**scope, "method": "GET"}
             await others(scope, receive, send)
 
-    async def _infer(self, target: tuple[str, str], headers: Headers, receive: Receive) -> HttpReply | None:
+    async def _infer(
+        self, target: tuple[str, str], headers: Headers, receive: Receive, peer: tuple[str, int] | None
+    ) -> HttpReply | None:
         """Return the reply, or None when the client has gone."""
         try:
             model = self._endpoint.admit(target, headers)
             body = await _read(receive, model.max_request_bytes)
         except PhoenixError as error:
             return self._endpoint.refuse(error)
-        return None if body is None else await self._endpoint.infer(model, headers, body)
+        return None if body is None else await self._endpoint.infer(model, headers, body, peer)
 
 
 async def _read(receive: Receive, limit: int) -> bytes | None:

@@ -313,7 +313,7 @@ class PhoenixProtocol(HttpToolsProtocol):
     # --- answers -----------------------------------------------------------------------------------------------------
 
     async def _infer(self, cycle: _InferCycle, model: ServedModel, headers: Headers, body: bytes) -> None:
-        reply = await self._server.endpoint.infer(model, headers, body)
+        reply = await self._server.endpoint.infer(model, headers, body, self.client)
         if self.flow.write_paused:
             await self.flow.drain()
         self._reply(cycle, reply)

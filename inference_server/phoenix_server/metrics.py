@@ -149,6 +149,7 @@ class ModelMetrics:
         self.batch_rows = Histogram(_ROWS_BOUNDS)
         self.feature_lookup = Histogram(_STAGE_BOUNDS_S)
         self.features_missing = dict.fromkeys(FEATURES_MISSING, 0)
+        self.unshared_limits = 0
         self.inflight = 0
         self.queued_rows: Callable[[], int] = lambda: 0
         self.provider = ""
@@ -314,6 +315,14 @@ class Metrics:
             for reason, count in model.features_missing.items():
                 missing.add_metric([*model.labels, reason], count)
         yield missing
+        unshared = CounterMetricFamily(
+            "phoenix_rate_limit_unshared",
+            "Requests that this replica's own part of the rate limit decided, because Redis did not answer.",
+            labels=by_model,
+        )
+        for model in models:
+            unshared.add_metric(model.labels, model.unshared_limits)
+        yield unshared
         gauges: tuple[tuple[str, str, Callable[[ModelMetrics], float | None]], ...] = (
             ("inference_inflight_requests", "Requests received and not yet answered.", lambda m: m.inflight),
             ("inference_queued_rows", "Rows that wait for a run.", lambda m: m.queued_rows()),

@@ -72,11 +72,22 @@ class Fields:
 
 @dataclass(frozen=True, slots=True)
 class Commands:
-    """Commands that leave together: RESP, how many they are, and the elements of each reply (0: one line)."""
+    """Commands that leave together: RESP, how many they are, and the elements of each reply (0: one line).
+
+    Of a transaction only the last reply has elements: it answers EXEC, with what each command in it gave.
+    """
 
     payload: bytes = field(repr=False)  # may hold a login
     count: int
     width: int
+    is_transaction: bool = False
+
+    @classmethod
+    def transaction(cls, commands: Sequence[Sequence[str | int]]) -> "Commands":
+        """Return commands that Redis runs together, with no other between them."""
+        words: list[tuple[Any, ...]] = [("MULTI",), *map(tuple, commands), ("EXEC",)]
+        payload = b"".join(map(hiredis.pack_command, words))
+        return cls(payload, len(words), len(commands), is_transaction=True)
 
 
 @dataclass(slots=True, eq=False)
@@ -166,7 +177,12 @@ class _Connection(asyncio.Protocol):
             first = asked[0]
             commands = first.commands
             part = found[begin : begin + commands.count - len(first.replies)]
-            if not _is_answer(part, commands.width):
+            is_answer = (
+                _is_answer_to_transaction(part, commands, len(first.replies))
+                if commands.is_transaction
+                else _is_answer(part, commands.width)
+            )
+            if not is_answer:
                 return self.close("Redis sent a reply of another form than was asked for")
             begin += len(part)
             first.replies += part
@@ -209,6 +225,12 @@ def _is_answer(replies: list[Any], width: int) -> bool:
         or (type(reply) is bytes if width == _STATUS else type(reply) is list and len(reply) == width)
         for reply in replies
     )
+
+
+def _is_answer_to_transaction(replies: list[Any], commands: Commands, begin: int) -> bool:
+    """Whether replies, of which the first is the one of that index, are lines and at last a list, or errors."""
+    lines = replies[: commands.count - 1 - begin]
+    return _is_answer(lines, _STATUS) and _is_answer(replies[len(lines) :], commands.width)
 
 
 class RedisLink:
@@ -267,6 +289,19 @@ class RedisLink:
                 else:
                     self._refused(str(reply), commands)
         return replies
+
+    async def transact(self, commands: Commands) -> list[Any]:
+        """Return what each command of a transaction gave. It is not asked twice: it may have been done.
+
+        Raises `RedisUnavailable`, also where Redis refuses one of them.
+        """
+        connection = self._connection
+        replies = await (self._read_anew(commands) if connection is None else connection.ask(commands))
+        results = replies[-1] if type(replies[-1]) is list else []
+        refused = [str(reply) for reply in (*replies, *results) if isinstance(reply, hiredis.ReplyError)]
+        if refused:
+            raise RedisUnavailable(f"Redis refuses what the rate limit needs: {refused[0][:200]}")
+        return results
 
     async def _read_anew(self, commands: Commands) -> list[Any]:
         """Ask over the next connection, unless it is known that there is no hope of one at the moment."""

@@ -46,6 +46,7 @@ _INFER_ERRORS: dict[int | str, dict[str, Any]] = {
     408: {"model": ErrorBody, "description": "The request did not arrive in time."},
     413: {"model": ErrorBody, "description": "The body is over the model's limit."},
     415: {"model": ErrorBody, "description": "The content encoding is not supported."},
+    429: {"model": ErrorBody, "description": "Over the model's rate limit; `Retry-After` says when to come back."},
     500: {"model": ErrorBody, "description": "The model failed on this input."},
     504: {"model": ErrorBody, "description": "The deadline passed."},
 }
@@ -205,7 +206,7 @@ def _add_model_routes(app: FastAPI, prefix: str, plane: DataPlane, endpoint: Inf
         """Run a model. The request is JSON, or JSON followed by binary tensors (`Inference-Header-Content-Length`)."""
         headers = dict(request.headers.raw)
         model = endpoint.admit((name, version), headers)
-        return _response(await endpoint.infer(model, headers, await request.body()))
+        return _response(await endpoint.infer(model, headers, await request.body(), request.scope.get("client")))
 
 
 def _add_repository_routes(app: FastAPI, prefix: str, plane: DataPlane, guarded: list[Any]) -> None:

@@ -21,6 +21,7 @@ from phoenix_server.errors import ModelLoadError, Reason
 from phoenix_server.features import Features, ModelFeatures
 from phoenix_server.metrics import Metrics, ModelMetrics, Objective
 from phoenix_server.onnx_file import OnnxFileError, read_facts
+from phoenix_server.rate_limits import Limit, RateLimits
 from phoenix_server.settings import Settings
 from phoenix_server.tensors import Signature
 
@@ -47,6 +48,7 @@ class ServedModel:
     is_bound: bool = False  # whether the manifest declares features or bindings
     capacity: Capacity | None = None
     features: ModelFeatures | None = None
+    limit: Limit | None = None
 
     @property
     def spec(self) -> PhoenixModelSpec:
@@ -94,6 +96,7 @@ class Loader:
         self._metrics = metrics
         self._store = store
         self._features = features
+        self._limits = RateLimits(settings, features)
 
     async def load(self, manifest: Manifest) -> ServedModel:
         """Fetch, verify, load and warm up the model of a manifest. Raises `ModelLoadError`."""
@@ -123,7 +126,7 @@ class Loader:
             name=name, version=version, manifest=manifest, artifact=artifact, engine=loaded, runner=runner,
             batcher=batcher, metrics=metrics, signature=loaded.signature, max_batch_rows=max_rows,
             max_request_bytes=int(spec.limits.max_request_bytes.value), loaded_at_s=time.time(), stamps=stamps,
-            features=features,
+            features=features, limit=self._limits.of(manifest, metrics),
             is_bound=spec.features is not None or spec.bindings is not None,
         )  # fmt: skip
 
@@ -175,8 +178,6 @@ def _refuse_unsupported(spec: PhoenixModelSpec, *, can_fill: bool) -> None:
     """Nothing that a manifest asks for is dropped in silence."""
     if spec.features and not can_fill:
         raise ModelLoadError(Reason.INVALID_SPEC, "spec.features: nothing completes requests here; remove it")
-    if spec.networking and spec.networking.rate_limit:
-        _log.warning("spec.networking.rateLimit is not enforced by this version of phoenix-server")
 
 
 def _batcher(runner: Runner, metrics: ModelMetrics, manifest: Manifest, max_rows: int) -> Batcher:

@@ -14,6 +14,7 @@ from urllib.parse import quote
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator
 
+from phoenix_server.clients import Network, parse_networks
 from phoenix_server.errors import Reason, StartError
 from phoenix_server.redis_address import parse_redis_url, redis_url_of
 
@@ -77,6 +78,11 @@ class Settings(BaseModel):
         description="Folder of the Secret for fetching models: one file a key, used for the fetch only.",
     )
     api_keys_file: Path | None = Field(None, description="File with one bearer key a line; absent: no keys asked.")
+    trusted_proxies: str = Field(
+        "",
+        description="Addresses or networks of proxies, separated by commas, whose `X-Forwarded-For` names the client; "
+        "`per: Client` of a rate limit needs it behind one.",
+    )
     access_log: bool = Field(False, description="Write one log line for each request.")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least level that is logged.")
     header_timeout_seconds: float = Field(10.0, gt=0, description="Longest time a request's head may take to arrive.")
@@ -206,6 +212,17 @@ class Settings(BaseModel):
         if scheme == "sqlite" and separator:
             return url
         raise ValueError("expected postgresql://USER:PASSWORD@HOST:PORT/DATABASE or sqlite:///FILE")
+
+    @field_validator("trusted_proxies")
+    @classmethod
+    def _networks(cls, text: str) -> str:
+        parse_networks(text)
+        return text
+
+    @property
+    def proxy_networks(self) -> tuple[Network, ...]:
+        """The networks of the trusted proxies."""
+        return parse_networks(self.trusted_proxies)
 
     @field_validator("redis_url")
     @classmethod

@@ -1,7 +1,5 @@
 """What the cluster or the operator refuses: quota, limits, names that are taken, specs that cannot be acted on."""
 
-from typing import Any
-
 import pytest
 from phoenix_cluster import Object, Phoenix, model
 
@@ -235,18 +233,6 @@ def _asked_count(phoenix: Phoenix, namespace: str) -> int:
     return template["spec"]["spec"]["devices"]["requests"][0]["exactly"]["count"] if template else 0
 
 
-NOT_YET: dict[str, Any] = {
-    "spec.networking.rateLimit": {"networking": {"rateLimit": {"requestsPerSecond": 5}}},
-}
-
-
-@pytest.mark.parametrize("field", NOT_YET)
-def test_part_that_this_release_does_not_do_yet(phoenix: Phoenix, namespace: str, field: str) -> None:
-    phoenix.apply(namespace, model(**NOT_YET[field]))
-    phoenix.wait_fault(namespace, "iris", "Accepted", "NotSupportedYet", field, "remove it", is_known=True)
-    assert ours(phoenix, namespace) == []
-
-
 def test_backend_that_the_settings_do_not_name(phoenix: Phoenix, namespace: str) -> None:
     phoenix.apply(namespace, model(bindings={"kafka": {"backend": "main"}}))
     field = "spec.bindings.kafka.backend"
@@ -257,8 +243,8 @@ def test_backend_that_the_settings_do_not_name(phoenix: Phoenix, namespace: str)
 def test_part_that_is_added_to_a_model_that_serves(phoenix: Phoenix, namespace: str) -> None:
     phoenix.apply(namespace, model())
     phoenix.wait_ready(namespace)
-    phoenix.apply(namespace, model(**NOT_YET["spec.networking.rateLimit"]))
-    phoenix.wait_fault(namespace, "iris", "Accepted", "NotSupportedYet", is_known=True)
+    phoenix.apply(namespace, model(bindings={"kafka": {"backend": "main"}}))
+    phoenix.wait_fault(namespace, "iris", "Accepted", "UnknownBackend", is_known=True)
     phoenix.wait_condition(namespace, "iris", "Available", "True")
     phoenix.apply(namespace, model())
     phoenix.wait_ready(namespace)

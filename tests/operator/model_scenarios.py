@@ -206,6 +206,9 @@ SCENARIOS: dict[str, Scenario] = {
             "extraEgress": [{"to": [{"ipBlock": {"cidr": "192.0.2.0/24"}}], "ports": [{"port": 3128}]}],
         },
     ),
+    "rate-limit": Scenario(
+        {"networking": {"rateLimit": {"requestsPerSecond": 50, "burst": 100, "per": "Model"}}, "replicas": 3}
+    ),
     "autoscaling": Scenario(
         {"autoscaling": {"minReplicas": 2, "maxReplicas": 8, "targetLatency": "200m"}}, SCALES, seen=_measured
     ),

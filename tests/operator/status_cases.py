@@ -565,16 +565,6 @@ def _() -> Seen:
     return alone(refusals=[Refusal(POD_DISRUPTION_BUDGET, "fraud", 403, "no"), Refusal(SERVICE, "fraud", 422, "port")])
 
 
-@case(
-    "not-supported-yet",
-    ("False", "NotSupportedYet", "spec.networking.rateLimit"),
-    Accepted=("False", "NotSupportedYet", "not done by this release yet; remove it"),
-    **LEFT_ALONE,
-)
-def _() -> Seen:
-    return subject(networking={"rateLimit": {"requestsPerSecond": 1}}), Observed(now=NOW)
-
-
 # --- autoscaling -----------------------------------------------------------------------------------------------------
 
 SERVES: dict[str, Row] = {

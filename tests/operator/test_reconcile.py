@@ -469,26 +469,13 @@ async def test_spec_that_becomes_unreadable_leaves_what_serves_alone(world: Worl
     assert world.condition("Ready")[:2] == ("False", "InvalidSpec")
 
 
-NOT_YET: dict[str, Object] = {
-    "spec.networking.rateLimit": {"networking": {"rateLimit": {"requestsPerSecond": 5}}},
-}
-
-
-@pytest.mark.parametrize("field", NOT_YET)
-def test_what_this_release_does_not_do_is_refused_whole(field: str) -> None:
-    async def main() -> None:
-        world = World()
-        world.create(**NOT_YET[field])
-        await world.reconcile()
-        assert {call.kind for call in world.cluster.writes} == {PHOENIX_MODEL, EVENT}
-        assert world.condition("Accepted") == (
-            "False", "NotSupportedYet", f"{field}: not done by this release yet; remove it",
-        )  # fmt: skip
-        world.create()
-        await world.reconcile()
-        assert world.condition("Accepted")[0] == "True"
-
-    asyncio.run(main())
+@scenario
+async def test_rate_limit_is_handed_to_the_server(world: World) -> None:
+    world.create(networking={"rateLimit": {"requestsPerSecond": 5, "per": "Model"}})
+    await world.reconcile()
+    assert world.condition("Accepted")[0] == "True"
+    (text,) = world.child(CONFIG_MAP, "fraud-model")["data"].values()
+    assert "rateLimit" in text
 
 
 def test_empty_bindings_ask_for_nothing() -> None:

@@ -42,7 +42,7 @@ def test_conditions_are_those_of_the_table(case: Case) -> None:
 
 def test_table_shows_every_reason_that_the_operator_can_give() -> None:
     shown = {reason for case in CASES for _, reason, _ in case.rows.values()}
-    assert set(Reason) == shown
+    assert set(Reason) - {Reason.NOT_SUPPORTED_YET} == shown  # no field of this release is refused so
 
 
 def test_what_the_autoscaler_reads_is_told_in_round_numbers() -> None:

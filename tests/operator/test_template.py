@@ -69,7 +69,6 @@ def test_what_happens_to_pods_does_not_change_their_template() -> None:
     [
         ("replicas", 7), ("replicas", 0),
         ("networking.host", "models.example.com"), ("networking.allowFrom", [{"podSelector": {}}]),
-        ("networking.rateLimit", {"requestsPerSecond": 5}),
         ("rollout.strategy", "InPlace"),
     ],
 )  # fmt: skip
@@ -86,6 +85,8 @@ def test_change_that_pods_need_not_know_leaves_them_alone(path: str, value: Any)
         ("batching.maxRows", 65), ("batching.maxDelayMilliseconds", 3), ("warmup.iterations", 6), ("warmup.rows", 9),
         ("limits.maxRequestBytes", "17Mi"), ("limits.timeoutSeconds", 11), ("runtime.threads", 5),
         ("runtime.instances", 3), ("runtime.accelerator", {}), ("runtime.accelerator", {"policy": "Prefer"}),
+        ("networking.rateLimit", {"requestsPerSecond": 5}),
+        ("networking.rateLimit", {"requestsPerSecond": 5, "per": "Model"}),
     ],
 )  # fmt: skip
 def test_change_of_what_is_served_makes_a_new_revision_and_new_pods(path: str, value: Any) -> None:

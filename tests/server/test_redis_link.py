@@ -11,7 +11,7 @@ from services import RedisServer
 
 from phoenix_server.binding_state import BindingState
 from phoenix_server.redis_address import RedisAddress, parse_redis_url, redis_url_of
-from phoenix_server.redis_link import MAX_IN_FLIGHT, Fields, RedisLink, RedisUnavailable
+from phoenix_server.redis_link import MAX_IN_FLIGHT, Commands, Fields, RedisLink, RedisUnavailable
 
 FIELDS = Fields(("a", "b"))
 PING = b"*1\r\n$4\r\nPING\r\n"
@@ -324,3 +324,74 @@ def test_a_binding_without_a_url_is_put_together() -> None:
     assert parse_redis_url(url) == RedisAddress("h", 1, "u", "p@/:w", is_tls=True)
     assert redis_url_of({"host": "::1"}) == "redis://[::1]:6379/0"
     assert redis_url_of({"password": "p"}) is None
+
+
+# --- transactions ----------------------------------------------------------------------------------------------------
+
+
+def test_transactions_and_reads_share_a_connection(redis_server: RedisServer) -> None:
+    with redis_server.client() as client:
+        client.hset("h", mapping={"a": 1})
+
+    async def work() -> None:
+        state = BindingState("redis")
+        async with link_to(redis_server.port, state) as link:
+            add = Commands.transaction([("SET", "n", 5, "NX", "PX", 60_000), ("INCRBY", "n", 2)])
+            asked = [link.transact(add) if index % 2 else link.read(FIELDS.read(["h"])) for index in range(20)]
+            answers = await asyncio.gather(*asked)
+            assert answers[::2] == [[[b"1", None]]] * 10
+            assert answers[1::2] == [[b"OK" if index == 0 else None, 7 + 2 * index] for index in range(10)]
+
+    run(work())
+    redis_server.flush()
+
+
+def test_refused_command_of_a_transaction_is_told_and_the_connection_stays(redis_server: RedisServer) -> None:
+    async def work() -> None:
+        state = BindingState("redis")
+        async with link_to(redis_server.port, state) as link:
+            await link.transact(Commands.transaction([("SET", "text", "x")]))
+            with pytest.raises(RedisUnavailable, match="Redis refuses what the rate limit needs: ERR value is not an"):
+                await link.transact(Commands.transaction([("SET", "n", 1), ("INCRBY", "text", 1)]))
+            with pytest.raises(RedisUnavailable, match="Redis refuses what the rate limit needs: ERR unknown command"):
+                await link.transact(Commands.transaction([("SET", "n", 2), ("NONSENSE",)]))
+            assert await link.transact(Commands.transaction([("INCRBY", "n", 1)])) == [2]
+            assert state.is_up
+
+    run(work())
+    redis_server.flush()
+
+
+@pytest.mark.parametrize(
+    "surprise",
+    [
+        b"+OK\r\n+QUEUED\r\n+QUEUED\r\n+OK\r\n",
+        b"+OK\r\n+QUEUED\r\n:1\r\n*2\r\n:1\r\n:2\r\n",
+        b"*2\r\n:1\r\n:2\r\n",
+        b"+OK\r\n+QUEUED\r\n+QUEUED\r\n*1\r\n:1\r\n",
+    ],
+    ids=["no list", "a number", "list first", "short list"],
+)
+@pytest.mark.parametrize("is_split", [False, True], ids=["at once", "byte by byte"])
+def test_surprise_in_a_transaction_ends_the_connection_and_it_is_not_asked_again(
+    surprise: bytes, is_split: bool
+) -> None:
+    seen: list[bytes] = []
+
+    async def answer(data: bytes, writer: asyncio.StreamWriter) -> None:
+        seen.append(data)
+        for part in [surprise[at : at + 1] for at in range(len(surprise))] if is_split else [surprise]:
+            writer.write(part)
+            await writer.drain()
+
+    async def work() -> None:
+        state = BindingState("redis")
+        async with server.running(), link_to(server.port, state) as link:
+            await until(lambda: bool(state.is_up))
+            with pytest.raises(RedisUnavailable, match="of another form"):
+                await link.transact(Commands.transaction([("INCRBY", "n", 1), ("PTTL", "n")]))
+            await until(lambda: server.connections > 1)
+            assert sum(data.count(b"INCRBY") for data in seen) == 1
+
+    server = Answering(answer)
+    run(work())

@@ -25,24 +25,13 @@ def faults(subject: Subject, observed: Observed, settings: Settings) -> list[Fau
     """Return every fault, the gravest reason first; an empty list accepts the model."""
     found = [*_clashes(subject, observed), *_refused(observed)]
     found += [*_invalid(subject, settings), *_unscaled(subject, observed, settings)]
-    found += [*_unknown(subject, observed, settings), *_unbound(subject, settings), *_not_yet(subject)]
+    found += [*_unknown(subject, observed, settings), *_unbound(subject, settings)]
     return found
 
 
 def is_left_alone(faults: Iterable[Fault]) -> bool:
     """Whether nothing is done about the spec. An object that is refused keeps no other from being applied."""
     return any(fault.reason is not Reason.OBJECT_REFUSED for fault in faults)
-
-
-def _not_yet(subject: Subject) -> Iterator[Fault]:
-    """Fields whose builders are not in this release: they are refused, because half a wish is none."""
-    spec = subject.spec
-    asked = {
-        "spec.networking.rateLimit": spec.networking.rate_limit,
-    }
-    fields = [field for field, value in asked.items() if value]
-    if fields:
-        yield Fault(Reason.NOT_SUPPORTED_YET, f"{', '.join(fields)}: not done by this release yet; remove it")
 
 
 def _invalid(subject: Subject, settings: Settings) -> Iterator[Fault]:

@@ -14,11 +14,22 @@ from phoenix_operator.kinds import CONFIG_MAP
 from phoenix_operator.observed import Object, Observed, Subject
 
 MOUNT = "/etc/phoenix/model"
-_READ_BY_SERVER = ("model", "runtime", "batching", "warmup", "limits", "autoscaling", "features", "bindings")
+_READ_BY_SERVER = (
+    "model",
+    "runtime",
+    "batching",
+    "warmup",
+    "limits",
+    "autoscaling",
+    "features",
+    "bindings",
+    "networking",
+)
 _NOT_READ: dict[str, Any] = {
     "model": {"cache"},
     "runtime": {"image"},
     "runtime.accelerator": {"resource_name", "device_class_name", "profile", "count"},
+    "networking": {"host", "allow_from"},
     "bindings": {"deletion_policy": True, "kafka": {"partitions", "retention_hours"}},
     "autoscaling": {
         "min_replicas",
@@ -39,6 +50,7 @@ def server_manifest(subject: Subject) -> Object:
         "runtime": {**dict.fromkeys(_NOT_READ["runtime"], True), "accelerator": _NOT_READ["runtime.accelerator"]},
         "autoscaling": _NOT_READ["autoscaling"],
         "bindings": _NOT_READ["bindings"],
+        "networking": _NOT_READ["networking"],
     }
     spec = subject.spec.model_dump(
         mode="json", by_alias=True, include=set(_READ_BY_SERVER), exclude=excluded, exclude_defaults=True
@@ -46,6 +58,8 @@ def server_manifest(subject: Subject) -> Object:
     if subject.spec.runtime.accelerator is not None:
         # an accelerator with nothing but defaults is one all the same
         spec.setdefault("runtime", {}).setdefault("accelerator", {})
+    if not spec.get("networking", True):
+        del spec["networking"]  # nothing in it that the server reads
     if "autoscaling" in spec:
         spec["autoscaling"]["maxReplicas"] = 1  # a field that must be there, and that no server reads
     return {
