@@ -111,6 +111,7 @@ def model() -> Board:
         for q in (0.5, 0.95, 0.99)
     ]
     refused = rate("phoenix_requests_rejected_total", "code, protocol", IN)
+    unshared = rate("phoenix_rate_limit_unshared_total", MODEL, OF)
     rows = (
         (
             "Objective",
@@ -154,7 +155,7 @@ def model() -> Board:
                 ),
                 Panel(
                     "Refused before a model was found",
-                    [Query(refused, "{{protocol}} {{code}}")],
+                    [Query(refused, "{{protocol}} {{code}}"), Query(unshared, "decided without Redis")],
                     "reqps",
                     description="Of all servers in the namespace: such a request has no model.",
                 ),

@@ -21,7 +21,7 @@ Port = Annotated[Whole, Field(ge=1, le=65535)]
 ServerVariable = Annotated[
     str,
     Field(pattern="^(PHOENIX_(ACCESS|API|AUDIT|BODY|DATABASE|EVENTS|EXIT|FEATURE|GRPC_ENGINE|HEADER|KAFKA|KEEP|MAX|"
-          "MEASURE|REDIS)[A-Z_]*|OTEL_[A-Z_]+|AWS_[A-Z_]+)$"),
+          "MEASURE|REDIS|TRUSTED)[A-Z_]*|OTEL_[A-Z_]+|AWS_[A-Z_]+)$"),
 ]  # fmt: skip
 Annotations = Annotated[dict[str, str], Field(max_length=64)]
 

@@ -99,7 +99,15 @@ def test_plain_latency_is_the_one_metric_where_asked_for(written: str, value: st
 
 @pytest.mark.parametrize(
     ("load_s", "asked_s", "window_s"),
-    [(0, 300, 300), (12.3, 300, 300), (150, 300, 300), (151, 300, 310), (12.3, 0, 60), (40, 0, 80), (3000, 300, 3600)],
+    [
+        (0, 300, 300),
+        (12.3, 300, 300),
+        (150, 300, 300),
+        (151, 300, 310),
+        (12.3, 0, 120),
+        (100, 0, 200),
+        (3000, 300, 3600),
+    ],
 )
 def test_replicas_go_only_after_twice_the_time_that_a_pod_takes_to_load(
     load_s: float, asked_s: int, window_s: int

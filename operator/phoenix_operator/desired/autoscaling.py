@@ -21,8 +21,9 @@ PRESSURE = "inference_latency_seconds_pressure"
 LATENCY = "inference_latency_seconds"
 TARGET_SHARE = Decimal("0.7")  # of the measured capacity: the rest is for the time until new pods answer
 _STEADY = Decimal("0.25")  # a measurement that differs by less changes nothing
-# In the first minute of a pod that does not answer its load is missing; the HPA looks back for longer than that.
-_SHORTEST_WINDOW_S, _LONGEST_WINDOW_S, _WINDOW_STEP_S = 60, 3600, 10
+# A pod that does not answer any more is counted as missing after a minute, with scrape, rules and the HPA's own pace
+# after less than two; until then its load is missing, and the HPA has to look back for longer than that.
+_SHORTEST_WINDOW_S, _LONGEST_WINDOW_S, _WINDOW_STEP_S = 120, 3600, 10
 _STEP_S = 60  # of the policies: no more than this much change in such a time
 # Latency of pods that start, or of a number of replicas that has just changed, says nothing about the target.
 _SETTLED_S = 180
