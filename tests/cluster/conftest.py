@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "tools"))
+sys.path[:0] = [str(Path(__file__).parent), str(ROOT / "tools")]
 
 import cluster as tools  # noqa: E402
 from lab import state  # noqa: E402
