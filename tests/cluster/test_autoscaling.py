@@ -38,13 +38,13 @@ BEHAVIOR: Object = {
     },
 }
 SCALING: Object = {"maxReplicas": 5, "targetLatency": "250m", "concurrencyPerReplica": 2}
-# One replica answers some twenty-five requests a second: a quarter of a core, ten milliseconds of work each.
+# One replica answers some twenty-five requests a second: a quarter of a core, ten milliseconds of work for each.
 BUSY: Object = {
     "model": {"uri": "configmap://busy/model.onnx"},
     "resources": {"requests": {"cpu": "50m", "memory": "192Mi"}, "limits": {"cpu": "250m"}},
     "batching": {"maxRows": 1},
 }
-_ITERATIONS = 6000
+_ITERATIONS = 12_000
 _CALLERS = 9  # nearly all of them in the servers: four replicas, at two for each
 CONCURRENCY, PRESSURE, LATENCY = SIGNALS
 
