@@ -4,6 +4,7 @@ The lab `tests` is this session's own, with the CRD of this checkout; it is stop
 that a Deployment of a thousand replicas costs nothing.
 """
 
+import functools
 import os
 import subprocess
 import sys
@@ -18,8 +19,10 @@ sys.path[:0] = [str(Path(__file__).parent), str(ROOT / "tests/operator"), str(RO
 
 import foreign_crds  # noqa: E402
 from api_client import ApiServer  # noqa: E402
-from lab import LabError, cluster, control_plane  # noqa: E402
+from lab import LabError, cluster, control_plane, processes  # noqa: E402
 from lab.state import Lab, only_one  # noqa: E402
+
+from phoenix_operator.kinds import CHILDREN, Kind  # noqa: E402
 
 _NAME = "tests"
 
@@ -50,4 +53,15 @@ def server(pytestconfig: pytest.Config) -> Iterator[ApiServer]:
                 pytest.skip(reason)
         control_plane.kubectl(lab, "apply", "--server-side", *(f"--filename={file}" for file in crds))
         control_plane.kubectl(lab, "wait", "--for=condition=Established", "crd", "--all")
+        for kind in CHILDREN:
+            # until its cache is there a watch of a kind that is new is told to come back, which kopf logs as an error
+            processes.wait_until(f"{kind} can be watched", functools.partial(_can_be_watched, lab, kind), deadline_s=60)
         yield ApiServer(kubeconfig, lab.audit_log)
+
+
+def _can_be_watched(lab: Lab, kind: Kind) -> bool:
+    try:
+        control_plane.kubectl(lab, "get", "--raw", f"{kind.path(None)}?watch=1&timeoutSeconds=1&resourceVersion=0")
+    except LabError:
+        return False
+    return True
