@@ -245,7 +245,8 @@ def check_degraded(server: Running) -> None:
 
 def check_recovers(server: Running) -> None:
     wait_until(lambda: ask(server, "strict", "alice")[0] == 200, "features are served again")
-    assert rows_of(ask(server, "lenient", "alice")) == [[4, 5, 6]]
+    # a lookup that takes too long, as one may on a busy machine, is answered with defaults
+    wait_until(lambda: rows_of(ask(server, "lenient", "alice")) == [[4, 5, 6]], "they are for everybody")
     wait_until(lambda: binding(server, "strict")["up"] is True, "the state says that Redis is up")
 
 
