@@ -128,6 +128,19 @@ def test_behavior_of_the_spec_is_handed_on_whole() -> None:
     assert spec_of(scaled(behavior=asked), Observed())["behavior"] == asked
 
 
+@pytest.mark.parametrize(
+    ("asked", "handed_on"),
+    [
+        ({}, None),
+        ({"scaleUp": None, "scaleDown": {}}, None),
+        ({"scaleUp": {"selectPolicy": "Disabled", "policies": None}}, {"scaleUp": {"selectPolicy": "Disabled"}}),
+        ({"scaleUp": {"policies": []}}, {"scaleUp": {"policies": []}}),
+    ],
+)
+def test_what_is_nothing_in_a_behavior_is_left_to_the_api_server(asked: Object, handed_on: Object | None) -> None:
+    assert spec_of(scaled(behavior=asked), Observed()).get("behavior") == handed_on
+
+
 # --- who owns the number ---------------------------------------------------------------------------------------------
 
 

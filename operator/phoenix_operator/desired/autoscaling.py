@@ -5,6 +5,7 @@ pressure (the latency against its objective), which can only hold or raise that 
 proposal. It targets the Deployment, so that the PhoenixModel stays what the user wrote.
 """
 
+from collections.abc import Mapping
 from decimal import ROUND_CEILING, Decimal
 from statistics import median
 from typing import Any
@@ -54,13 +55,14 @@ def autoscaler(subject: Subject, observed: Observed, settings: Settings) -> Obje
     if scaling is None or settings.autoscaling.provider in (None, AutoscalingProvider.KEDA):
         return None
     is_off = scaling.metric is ScalingMetric.SLO and is_guard_off(subject, observed)
-    spec = {
+    spec: Object = {
         "scaleTargetRef": {"apiVersion": DEPLOYMENT.api_version, "kind": DEPLOYMENT.kind, "name": subject.name},
         "minReplicas": scaling.min_replicas,
         "maxReplicas": scaling.max_replicas,
         "metrics": _metrics(subject, observed, is_guarded=not is_off),
-        "behavior": behavior(subject, observed),
     }
+    if pace := behavior(subject, observed):
+        spec["behavior"] = pace
     annotations = {GUARD_OFF: spec_hash(subject)} if is_off else None
     return owned(subject, HORIZONTAL_POD_AUTOSCALER, subject.name, {"spec": spec}, annotations=annotations)
 
@@ -87,12 +89,14 @@ def _metric(subject: Subject, name: str, target: Object) -> Object:
 def behavior(subject: Subject, observed: Observed) -> Object:
     """Return how fast replicas come and go: the spec's own behavior whole, else up fast and down slowly.
 
+    Of the spec's own what is null or empty is left out: the API server puts its defaults there, which would never be as
+    wanted.
     Load must be low for twice the time that a pod takes to load before one is removed that would have to come back.
     """
     scaling = subject.spec.autoscaling
     assert scaling is not None
     if scaling.behavior is not None:
-        return dict(scaling.behavior)
+        return _without_nothing(scaling.behavior)
     load_s = max((loaded.load_s for loaded in observed.loaded.values()), default=0.0)
     # in steps, so that pods that load a little faster or slower do not change the HPA
     twice_s = -int(-2 * load_s // _WINDOW_STEP_S) * _WINDOW_STEP_S
@@ -113,6 +117,11 @@ def behavior(subject: Subject, observed: Observed) -> Object:
             "policies": [{"type": "Percent", "value": 25, "periodSeconds": _STEP_S}],
         },
     }
+
+
+def _without_nothing(body: Mapping[str, Any]) -> Object:
+    kept = {key: _without_nothing(value) if isinstance(value, dict) else value for key, value in body.items()}
+    return {key: value for key, value in kept.items() if value is not None and value != {}}
 
 
 def concurrency_target(subject: Subject, observed: Observed) -> Decimal | None:

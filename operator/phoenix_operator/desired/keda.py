@@ -41,7 +41,7 @@ def scaled_object(subject: Subject, observed: Observed, settings: Settings) -> O
         "cooldownPeriod": max(scaling.scale_down_stabilization_seconds, _POLL_S),  # from one replica to none
         "advanced": {
             "restoreToOriginalReplicaCount": False,
-            "horizontalPodAutoscalerConfig": {"behavior": pace},
+            **({"horizontalPodAutoscalerConfig": {"behavior": pace}} if pace else {}),
         },
         "triggers": triggers,
     }
