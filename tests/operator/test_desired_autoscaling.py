@@ -89,7 +89,10 @@ def test_target_stays_while_measurements_differ_little(capacity: int | None, tar
     assert targets(spec_of(model, observed)) == concurrency(target) | GUARD
 
 
-@pytest.mark.parametrize(("written", "value"), [("200m", "200m"), ("0.25", "250m"), ("2", "2"), ("100u", "1m")])
+@pytest.mark.parametrize(
+    ("written", "value"),
+    [("200m", "200m"), ("0.25", "250m"), ("2", "2"), ("100u", "1m"), ("3000", "3k"), ("1500", "1500")],
+)
 def test_plain_latency_is_the_one_metric_where_asked_for(written: str, value: str) -> None:
     model = scaled(metric="Latency", targetLatency=written)
     assert targets(spec_of(model, around(model, loaded(capacity=9)))) == {

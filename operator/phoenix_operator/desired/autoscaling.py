@@ -26,6 +26,7 @@ _STEADY = Decimal("0.25")  # a measurement that differs by less changes nothing
 # after less than two; until then its load is missing, and the HPA has to look back for longer than that.
 _SHORTEST_WINDOW_S, _LONGEST_WINDOW_S, _WINDOW_STEP_S = 120, 3600, 10
 _STEP_S = 60  # of the policies: no more than this much change in such a time
+_DIRECTIONS = ("scaleUp", "scaleDown")
 # Latency of pods that start, or of a number of replicas that has just changed, says nothing about the target.
 _SETTLED_S = 180
 
@@ -121,7 +122,7 @@ def behavior(subject: Subject, observed: Observed) -> Object:
 
 def _without_nothing(body: Mapping[str, Any]) -> Object:
     kept = {key: _without_nothing(value) if isinstance(value, dict) else value for key, value in body.items()}
-    return {key: value for key, value in kept.items() if value is not None and value != {}}
+    return {key: value for key, value in kept.items() if value is not None and (value != {} or key not in _DIRECTIONS)}
 
 
 def concurrency_target(subject: Subject, observed: Observed) -> Decimal | None:
@@ -192,6 +193,10 @@ def _live_spec(observed: Observed) -> dict[str, Any]:
 
 
 def _milli(value: Decimal) -> str:
-    """Write a quantity as the API server does: whole, or in thousandths."""
-    thousandths = int((value * 1000).to_integral_value(ROUND_CEILING))
-    return str(thousandths // 1000) if thousandths % 1000 == 0 else f"{thousandths}m"
+    """Write a quantity of whole thousandths as the API server does: `1500m`, `2`, `3k`."""
+    amount, suffix = int((value * 1000).to_integral_value(ROUND_CEILING)), "m"
+    for larger in ("", "k", "M", "G", "T", "P", "E"):
+        if amount == 0 or amount % 1000:
+            break
+        amount, suffix = amount // 1000, larger
+    return f"{amount}{suffix}" if amount else "0"
