@@ -179,7 +179,7 @@ def _metrics_api(options: argparse.Namespace, settings: Settings) -> int:
 
 def _render(options: argparse.Namespace, settings: Settings) -> int:
     from phoenix_api import ManifestError
-    from phoenix_operator.install import NAMESPACE
+    from phoenix_operator.install_program import NAMESPACE
     from phoenix_operator.render import render
 
     try:

@@ -11,9 +11,9 @@ from typing import Any
 
 import yaml
 
-from phoenix_operator import __version__
-from phoenix_operator.desired.deployment import RESTRICTED_CONTAINER, RESTRICTED_POD
+from phoenix_operator.desired.deployment import RESTRICTED_CONTAINER
 from phoenix_operator.desired.naming import OPERATOR
+from phoenix_operator.install_program import API_SERVER, DNS, IMAGE, NAMESPACE, SETTINGS_FILE, Program, probe, rule, tcp
 from phoenix_operator.kinds import (
     CHILDREN,
     CONFIG_MAP,
@@ -25,21 +25,11 @@ from phoenix_operator.kinds import (
     POD,
     SECRET,
     SERVICE,
-    Kind,
 )
 from phoenix_operator.observed import Object
 from phoenix_operator.render import as_yaml
 
-NAMESPACE = "phoenix-system"
-SETTINGS_FILE = "/etc/phoenix-operator/settings.yaml"
-_IMAGE = f"phoenix-ml/phoenix-operator:{__version__}"
-_LABELS = {
-    "app.kubernetes.io/name": OPERATOR,
-    "app.kubernetes.io/part-of": "phoenix",
-    "app.kubernetes.io/version": __version__,
-}
-_ACCOUNT: Object = {"kind": "ServiceAccount", "name": OPERATOR, "namespace": NAMESPACE}
-_SELECTOR = {"app.kubernetes.io/name": OPERATOR}
+_PROGRAM = Program(OPERATOR)
 _MODEL_PODS = {"app.kubernetes.io/part-of": "phoenix"}
 _WATCH = ["list", "watch"]
 # Server-side apply is a patch, and a create where the object is not there.
@@ -48,18 +38,6 @@ _OWN = ["get", *_WATCH, "create", "patch"]
 _LASTING = frozenset({CONFIG_MAP, SERVICE, DEPLOYMENT})
 # Of PostgreSQL, Redis and Kafka, without and with TLS, as they are usually installed.
 BACKEND_PORTS = (5432, 6379, 6380, 9092, 9093)
-
-
-def operator_image() -> str:
-    """Return the image that the operator's programs run in."""
-    return _IMAGE
-
-
-def rule(kind: Kind, verbs: Sequence[str], *, subresource: str = "", names: Sequence[str] = ()) -> Object:
-    """Return an RBAC rule about one kind."""
-    resource = f"{kind.plural}/{subresource}" if subresource else kind.plural
-    found: Object = {"apiGroups": [kind.group], "resources": [resource], "verbs": list(verbs)}
-    return found | ({"resourceNames": list(names)} if names else {})
 
 
 def model_rules(*, secrets: Sequence[str] | None) -> list[Object]:
@@ -114,41 +92,42 @@ def binding_manifests(bindings: Sequence[str], *, namespaces: Sequence[str] = ()
     name, places = f"{OPERATOR}-bindings", namespaces or (None,)
     objects: list[Object] = []
     for place in places:
-        objects += _granted("Role" if place else "ClusterRole", name, place, binding_rules(), _ACCOUNT)
-    objects += _granted("Role", f"{OPERATOR}-backends", NAMESPACE, backend_rules(bindings), _ACCOUNT)
-    ports = [{"protocol": "TCP", "port": port} for port in BACKEND_PORTS]
-    spec = {"podSelector": {"matchLabels": _SELECTOR}, "policyTypes": ["Egress"], "egress": [{"ports": ports}]}
-    policy = {"apiVersion": "networking.k8s.io/v1", "kind": "NetworkPolicy", "metadata": _metadata(name), "spec": spec}
-    return [*objects, policy]
+        objects += _PROGRAM.granted("Role" if place else "ClusterRole", name, place, binding_rules())
+    objects += _PROGRAM.granted("Role", f"{OPERATOR}-backends", NAMESPACE, backend_rules(bindings))
+    return [*objects, _PROGRAM.network_policy(name=name, egress=[tcp(*BACKEND_PORTS)])]
 
 
 def manifests(*, namespaces: Sequence[str] = (), secrets: Sequence[str] = ()) -> list[Object]:
     """Return everything but the CRD. Without `namespaces` the install is cluster-wide."""
-    account = _ACCOUNT
     objects: list[Object] = [
         {
             "apiVersion": "v1",
             "kind": "Namespace",
             "metadata": {"name": NAMESPACE, "labels": {"pod-security.kubernetes.io/enforce": "restricted"}},
         },
-        {"apiVersion": "v1", "kind": "ServiceAccount", "metadata": _metadata(OPERATOR)},
-        *_granted("Role", f"{OPERATOR}-lease", NAMESPACE, lease_rules(), account),
+        {"apiVersion": "v1", "kind": "ServiceAccount", "metadata": _PROGRAM.metadata()},
+        *_PROGRAM.granted("Role", f"{OPERATOR}-lease", NAMESPACE, lease_rules()),
     ]
     if namespaces:
         for namespace in namespaces:
-            objects += _granted("Role", OPERATOR, namespace, model_rules(secrets=secrets), account)
+            objects += _PROGRAM.granted("Role", OPERATOR, namespace, model_rules(secrets=secrets))
     else:
         rules = [*model_rules(secrets=None), *cluster_rules()]
-        objects += _granted("ClusterRole", OPERATOR, None, rules, account)
+        objects += _PROGRAM.granted("ClusterRole", OPERATOR, None, rules)
         objects += aggregated_roles()
     settings = {"settings.yaml": "# See docs/reference/operator-settings.md\n{}\n"}
     objects.append(
-        {"apiVersion": "v1", "kind": "ConfigMap", "metadata": _metadata(f"{OPERATOR}-settings"), "data": settings}
+        {
+            "apiVersion": "v1",
+            "kind": "ConfigMap",
+            "metadata": _PROGRAM.metadata(f"{OPERATOR}-settings"),
+            "data": settings,
+        }
     )
     objects += [
         _deployment(namespaces),
-        _disruption_budget(),
-        _service(),
+        _PROGRAM.disruption_budget(),
+        _PROGRAM.service([{"name": "http", "port": 8080, "targetPort": "http"}]),
         _network_policy(),
     ]
     return objects
@@ -167,31 +146,12 @@ def aggregated_roles() -> list[Object]:
         rules = [rule(PHOENIX_MODEL, verbs), rule(PHOENIX_MODEL, ["get"], subresource="status")]
         if name == "edit":
             rules.append(rule(PHOENIX_MODEL, ["get", "update", "patch"], subresource="scale"))
-        metadata = _metadata(f"phoenixmodels-{name}", None)
+        metadata = _PROGRAM.metadata(f"phoenixmodels-{name}", None)
         metadata["labels"] |= labels
         found.append(
             {"apiVersion": "rbac.authorization.k8s.io/v1", "kind": "ClusterRole", "metadata": metadata, "rules": rules}
         )
     return found
-
-
-def _metadata(name: str, namespace: str | None = NAMESPACE) -> Object:
-    return {"name": name, **({"namespace": namespace} if namespace else {}), "labels": dict(_LABELS)}
-
-
-def _granted(kind: str, name: str, namespace: str | None, rules: list[Object], account: Object) -> list[Object]:
-    """Return a role and its binding."""
-    api = "rbac.authorization.k8s.io"
-    return [
-        {"apiVersion": f"{api}/v1", "kind": kind, "metadata": _metadata(name, namespace), "rules": rules},
-        {
-            "apiVersion": f"{api}/v1",
-            "kind": f"{kind}Binding",
-            "metadata": _metadata(name, namespace),
-            "roleRef": {"apiGroup": api, "kind": kind, "name": name},
-            "subjects": [account],
-        },
-    ]
 
 
 def _deployment(namespaces: Sequence[str]) -> Object:
@@ -200,7 +160,7 @@ def _deployment(namespaces: Sequence[str]) -> Object:
         arguments.append(f"--namespaces={','.join(namespaces)}")
     container = {
         "name": "operator",
-        "image": _IMAGE,
+        "image": IMAGE,
         "imagePullPolicy": "IfNotPresent",
         "args": arguments,
         "ports": [{"name": "http", "containerPort": 8080, "protocol": "TCP"}],
@@ -209,98 +169,22 @@ def _deployment(namespaces: Sequence[str]) -> Object:
             {"name": "POD_NAMESPACE", "valueFrom": {"fieldRef": {"fieldPath": "metadata.namespace"}}},
         ],
         "resources": {"requests": {"cpu": "100m", "memory": "256Mi"}, "limits": {"memory": "256Mi"}},
-        "startupProbe": _probe("/healthz", 1, 30),
-        "readinessProbe": _probe("/readyz", 5, 2),
-        "livenessProbe": _probe("/healthz", 10, 3),
+        "startupProbe": probe("/healthz", 1, 30),
+        "readinessProbe": probe("/readyz", 5, 2),
+        "livenessProbe": probe("/healthz", 10, 3),
         "securityContext": RESTRICTED_CONTAINER,
         "volumeMounts": [
             {"name": "settings", "mountPath": str(Path(SETTINGS_FILE).parent), "readOnly": True},
             {"name": "tmp", "mountPath": "/tmp"},
         ],
     }
-    pod = {
-        "serviceAccountName": OPERATOR,
-        "enableServiceLinks": False,
-        "terminationGracePeriodSeconds": 30,
-        "securityContext": RESTRICTED_POD,
-        "affinity": {
-            "podAntiAffinity": {
-                "preferredDuringSchedulingIgnoredDuringExecution": [
-                    {
-                        "weight": 100,
-                        "podAffinityTerm": {
-                            "topologyKey": "kubernetes.io/hostname",
-                            "labelSelector": {"matchLabels": _SELECTOR},
-                        },
-                    }
-                ]
-            }
-        },
-        "containers": [container],
-        "volumes": [
-            {"name": "settings", "configMap": {"name": f"{OPERATOR}-settings"}},
-            {"name": "tmp", "emptyDir": {"sizeLimit": "64Mi"}},
-        ],
-    }
-    spec = {
-        "replicas": 2,
-        "selector": {"matchLabels": _SELECTOR},
-        "template": {"metadata": {"labels": dict(_LABELS)}, "spec": pod},
-    }
-    return {"apiVersion": "apps/v1", "kind": "Deployment", "metadata": _metadata(OPERATOR), "spec": spec}
-
-
-def _probe(path: str, period_s: int, failures: int) -> Object:
-    return {
-        "httpGet": {"path": path, "port": "http"},
-        "periodSeconds": period_s,
-        "timeoutSeconds": 5,
-        "failureThreshold": failures,
-    }
-
-
-def _disruption_budget() -> Object:
-    spec = {
-        "maxUnavailable": 1,
-        "unhealthyPodEvictionPolicy": "AlwaysAllow",
-        "selector": {"matchLabels": _SELECTOR},
-    }
-    return {
-        "apiVersion": "policy/v1",
-        "kind": "PodDisruptionBudget",
-        "metadata": _metadata(OPERATOR),
-        "spec": spec,
-    }
-
-
-def _service() -> Object:
-    spec = {"selector": _SELECTOR, "ports": [{"name": "http", "port": 8080, "targetPort": "http"}]}
-    return {"apiVersion": "v1", "kind": "Service", "metadata": _metadata(OPERATOR), "spec": spec}
+    return _PROGRAM.deployment(container, tmp="64Mi")
 
 
 def _network_policy() -> Object:
     """In: scrapes and probes. Out: DNS, the API server (whose address no policy can name) and the models' pods."""
-    spec = {
-        "podSelector": {"matchLabels": _SELECTOR},
-        "policyTypes": ["Ingress", "Egress"],
-        "ingress": [{"ports": [{"protocol": "TCP", "port": 8080}]}],
-        "egress": [
-            {"ports": [{"protocol": "UDP", "port": 53}, {"protocol": "TCP", "port": 53}]},
-            {"ports": [{"protocol": "TCP", "port": 443}, {"protocol": "TCP", "port": 6443}]},
-            {
-                "to": [
-                    {"namespaceSelector": {}, "podSelector": {"matchLabels": {"app.kubernetes.io/part-of": "phoenix"}}}
-                ],
-                "ports": [{"protocol": "TCP", "port": 8000}],
-            },
-        ],
-    }
-    return {
-        "apiVersion": "networking.k8s.io/v1",
-        "kind": "NetworkPolicy",
-        "metadata": _metadata(OPERATOR),
-        "spec": spec,
-    }
+    models = {"namespaceSelector": {}, "podSelector": {"matchLabels": dict(_MODEL_PODS)}}
+    return _PROGRAM.network_policy(ingress=[tcp(8080)], egress=[DNS, API_SERVER, {"to": [models], **tcp(8000)}])
 
 
 def kustomization(resources: Sequence[str]) -> dict[str, Any]:
