@@ -92,6 +92,7 @@ def behavior(subject: Subject, observed: Observed) -> Object:
 
     Of the spec's own what is null or empty is left out: the API server puts its defaults there, which would never be as
     wanted.
+
     Load must be low for twice the time that a pod takes to load before one is removed that would have to come back.
     """
     scaling = subject.spec.autoscaling

@@ -71,7 +71,7 @@ def _triggers(subject: Subject, observed: Observed, settings: Settings) -> list[
     assert scaling is not None
     address = settings.autoscaling.prometheus.url
 
-    def asks(name: str, series: str, kind: str, threshold: str, *, is_optional: bool = False) -> Object:
+    def asks(name: str, series: str, kind: str, threshold: str) -> Object:
         query = f'{series}{{namespace="{subject.namespace}",model="{subject.name}"}}'
         metadata = {
             "serverAddress": address,
@@ -79,27 +79,18 @@ def _triggers(subject: Subject, observed: Observed, settings: Settings) -> list[
             "threshold": threshold,
             "activationThreshold": "0",
             # what is not there is no idle model, unless there are no pods that could tell
-            "ignoreNullValues": str(is_optional).lower(),
+            "ignoreNullValues": str(scaling.min_replicas == 0).lower(),
         }
         return {"type": "prometheus", "name": name, "metricType": kind, "metadata": metadata}
 
-    may_be_none = scaling.min_replicas == 0
     found: list[Object] = []
     if scaling.metric is ScalingMetric.LATENCY:
         target = str(float(scaling.target_latency))
-        found.append(asks("latency", "phoenix:inference_latency_seconds", "Value", target, is_optional=may_be_none))
+        found.append(asks("latency", "phoenix:inference_latency_seconds", "Value", target))
     else:
         if (concurrency := concurrency_target(subject, observed)) is not None:
-            found.append(
-                asks(
-                    "concurrency",
-                    "phoenix:inference_concurrency",
-                    "AverageValue",
-                    str(float(concurrency)),
-                    is_optional=may_be_none,
-                )
-            )
-        found.append(asks("pressure", "phoenix:inference_slo_pressure", "Value", "1", is_optional=may_be_none))
+            found.append(asks("concurrency", "phoenix:inference_concurrency", "AverageValue", str(float(concurrency))))
+        found.append(asks("pressure", "phoenix:inference_slo_pressure", "Value", "1"))
     return [*found, *_lag(subject, observed)]
 
 
